@@ -1,0 +1,77 @@
+"""Everything that depends on the version of transformers, and what is read off a model or its config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+ATTENTION = "mmkv"
+
+
+def text_config(model_or_config: Any) -> Any:
+    """The config of the language model that generates.
+
+    Raises:
+        ValueError: there is no decoder whose cache could be compressed.
+    """
+    config = getattr(model_or_config, "config", model_or_config)
+    if not hasattr(config, "get_text_config"):
+        raise ValueError(f"{type(model_or_config).__name__} is not a transformers model with a config")
+    text = config.get_text_config(decoder=True)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{config.model_type} is an encoder-decoder model; mmkv compresses decoder-only caches")
+    if not getattr(text, "num_attention_heads", None) or not getattr(text, "num_hidden_layers", None):
+        raise ValueError(f"{config.model_type}: found no text decoder with attention layers to compress")
+    if getattr(text, "kv_lora_rank", None):
+        raise ValueError(
+            f"{text.model_type} caches one latent head (MLA); per-head eviction does not apply to it and is refused"
+        )
+    return text
+
+
+def text_key(model: PreTrainedModel) -> str:
+    """Name of the sub-config that holds the language model; "" when the model's own config does."""
+    text = model.config.get_text_config(decoder=True)
+    for key in model.config.sub_configs:
+        if getattr(model.config, key, None) is text:
+            return str(key)
+    return ""
+
+
+def attention_setting(model: PreTrainedModel) -> str:
+    """The attention implementation of the language model."""
+    return str(model.config.get_text_config(decoder=True)._attn_implementation)
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Sets the attention implementation of the language model only; the vision tower keeps its own."""
+    model.set_attn_implementation({text_key(model): name})
+    if attention_setting(model) != name:
+        raise ValueError(
+            f"{type(model).__name__} does not let its attention implementation be set, so mmkv cannot see its keys"
+        )
+
+
+def template_layers(config: Any) -> list[CacheLayerMixin]:
+    """The cache layers transformers itself would use, one per layer of the decoder."""
+    return list(DynamicCache(config=config).layers)
+
+
+def is_full_attention(layer: CacheLayerMixin) -> bool:
+    """True for a plain growing layer; sliding, linear and reading layers have classes of their own."""
+    return type(layer) is DynamicLayer
+
+
+def last_readers(config: Any) -> dict[int, int]:
+    """Storing layer -> the last layer that reads its keys, for decoders that share KV between layers (Gemma 3n, 4)."""
+    modes = getattr(config, "kv_sharing_modes", None) or []
+    types = getattr(config, "layer_types", None) or []
+    stores = [i for i, mode in enumerate(modes) if mode == "store"]
+    return {i: max([i, *(j for j, m in enumerate(modes) if m == "reuse" and types[j] == types[i])]) for i in stores}
+
+
+def cross_layers(config: Any) -> frozenset[int]:
+    """Layers that attend to the image instead of the text (Mllama)."""
+    return frozenset(getattr(config, "cross_attention_layers", None) or ())

@@ -1,0 +1,129 @@
+"""The attention function that transformers calls while a session is open."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from mmkv_kernels import AttentionOutput, dense_attention, ragged_attention
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from ._compat import ATTENTION
+from .layers import CompressedLayer, CrossLayer, layer_of
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention over whatever the cache holds; stock sdpa for every cache that is not ours.
+
+    Args:
+        module: the attention layer that calls.
+        query: [B, Hq, n, D] after RoPE.
+        key: [B, H, S, D] from the cache's `update`, or from the layer that is read.
+        value: [B, H, S, Dv].
+        attention_mask: bool [B, 1, n, S], float with -inf or the smallest number, or None for causal.
+        dropout: only without a cache.
+        scaling: of the logits; D ** -0.5 when None.
+        **kwargs: handed on to sdpa; `softcap` is honoured here.
+
+    Returns:
+        [B, n, Hq, Dv] and None for the weights.
+    """
+    layer = layer_of(key)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    softcap = kwargs.pop("softcap", None)
+    if layer is None:
+        return _dense(module, query, key, value, attention_mask, dropout, scaling, softcap, kwargs), None
+    layer.pending = False
+    _check_reader(module, layer, key, kwargs)
+    mask = _as_bool(attention_mask)
+    if layer.prefix is None:
+        out = _dense(module, query, key, value, attention_mask, dropout, scaling, softcap, kwargs)
+    else:
+        out = _ragged(layer, query, mask, scaling, softcap)
+    if layer.reading:
+        layer.observe(getattr(module, "layer_idx", layer.layer_idx), query, mask, scaling, softcap)
+    return out, None
+
+
+def _dense(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float,
+    softcap: float | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    if softcap is None:
+        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
+    out = dense_attention(
+        query, key, value, scaling=scaling, softcap=softcap, mask=_as_bool(mask), causal=mask is None
+    ).out
+    return out.transpose(1, 2).contiguous()
+
+
+def _ragged(
+    layer: CompressedLayer, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
+) -> Tensor:
+    prefix = layer.prefix
+    assert prefix is not None
+    cross = isinstance(layer, CrossLayer)
+    tail_keys = layer.keys if not cross else prefix.keys.new_empty(*prefix.shape, 0, prefix.keys.shape[-1])
+    tail_values = layer.values if not cross else prefix.values.new_empty(*prefix.shape, 0, prefix.values.shape[-1])
+    prefix_mask = tail_mask = None
+    if mask is not None:
+        tail = tail_keys.shape[2]
+        prefix_mask = prefix.gather_mask(mask)
+        tail_mask = mask[..., layer.seen - tail : layer.seen] if tail else mask[..., :0]
+        tail_mask = tail_mask.expand(query.shape[0], -1, -1, -1)
+    output: AttentionOutput = ragged_attention(
+        query,
+        prefix.keys,
+        prefix.values,
+        prefix.cu_seqlens,
+        tail_keys,
+        tail_values,
+        scaling=scaling,
+        softcap=softcap,
+        prefix_mask=prefix_mask,
+        tail_mask=tail_mask,
+        causal=not cross,
+    )
+    return output.out.transpose(1, 2).contiguous()
+
+
+def _check_reader(module: nn.Module, layer: CompressedLayer, key: Tensor, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("s_aux") is not None:
+        raise ValueError("attention sinks (s_aux) are not supported by mmkv; this model cannot be compressed yet")
+    held = layer.keys
+    if layer.prefix is not None and not isinstance(layer, CrossLayer) and held is not None and key.shape != held.shape:
+        raise RuntimeError(
+            f"layer {getattr(module, 'layer_idx', '?')} reads the keys of layer {layer.layer_idx}, which was compressed "
+            "before its last reader ran; this version of transformers shares KV in a way mmkv does not know"
+        )
+
+
+def _as_bool(mask: Tensor | None) -> Tensor | None:
+    if mask is None or (isinstance(mask, Tensor) and mask.dtype == torch.bool):
+        return mask
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"mmkv reads tensor masks, not {type(mask).__name__}; leave flex_attention until after the prompt")
+    return mask > torch.finfo(mask.dtype).min / 2
+
+
+AttentionInterface.register(ATTENTION, attention_forward)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # without it the mask would silently be None

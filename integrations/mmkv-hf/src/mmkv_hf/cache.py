@@ -1,0 +1,160 @@
+"""A transformers cache that compresses itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from mmkv_budget import TableRule
+from mmkv_pipelines import Budget, Pipeline
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ._compat import cross_layers, is_full_attention, last_readers, template_layers, text_config
+from .layers import CompressedLayer, CrossLayer
+from .request import Group, Request
+
+
+class CompressedCache(Cache):
+    """A `past_key_values` whose full-attention layers evict once the prompt has been read.
+
+    Sliding-window, linear-attention and KV-reading layers keep the classes transformers gives them. The model's
+    attention setting has to be "mmkv" while the prompt is read: use it inside `with compress(model, ...)`, or after
+    `mmkv_hf.set_attention(model, "mmkv")`.
+
+    Args:
+        model: the model, or its config.
+        pipeline: a `Pipeline` or its text form.
+        budget: KV pairs kept per KV head: an int is tokens, a float in (0, 1] the share of the prompt, or a `Budget`.
+        prompt_length: tokens of the prompt, padding included; must be right, because chunked prefill and assisted
+            decoding make it impossible to see from the cache where the prompt ends.
+        modality: [B, prompt_length] int8 (0 text, 1 image, 2 video), for pipelines that protect a modality.
+        protect: [B, prompt_length] bool, tokens that must stay.
+
+    Raises:
+        ValueError: the model has no decoder that can be compressed, or the settings do not fit it.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        pipeline: str | Pipeline,
+        budget: int | float | Budget,
+        *,
+        prompt_length: int,
+        modality: Tensor | None = None,
+        protect: Tensor | None = None,
+    ) -> None:
+        config = text_config(model)
+        parsed = Pipeline.parse(pipeline)
+        self.request = Request(parsed, checked_budget(parsed, budget))
+        super().__init__(layers=_layers(config, self.request))
+        self.expect(prompt_length, modality=modality, protect=protect)
+
+    def expect(self, prompt_length: int, *, modality: Tensor | None = None, protect: Tensor | None = None) -> None:
+        """Announces the next prompt of the conversation; when it has been read the budget is enforced again.
+
+        Args:
+            prompt_length: logical length at which it is complete: everything so far plus the new tokens.
+            modality: [B, prompt_length] int8.
+            protect: [B, prompt_length] bool.
+
+        Raises:
+            ValueError: nothing new to read, or shapes that do not fit.
+        """
+        if prompt_length <= self.get_seq_length():
+            raise ValueError(
+                f"the prompt is empty: {prompt_length} tokens in all, of which {self.get_seq_length()} are in the cache already"
+            )
+        for name, given in (("modality", modality), ("protect", protect)):
+            if given is not None and (given.ndim != 2 or given.shape[1] != prompt_length):
+                raise ValueError(f"{name} is [B, {prompt_length}], got {tuple(given.shape)}")
+        self.request.check()
+        self.request.prompt_end = prompt_length
+        self.request.modality, self.request.protect = modality, protect
+        for layer in self.compressed_layers:
+            layer.expect()
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The method."""
+        return self.request.pipeline
+
+    @property
+    def compressed_layers(self) -> list[CompressedLayer]:
+        """The layers that mmkv compresses."""
+        return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor alive in this cache, stock layers and scorers' state included."""
+        held = [t for layer in self.compressed_layers for t in layer.tensors()]
+        for layer in self.compressed_layers:
+            held += layer.group.round.trace.tensors() if layer.group.round is not None else []
+        held += [t for t in (self.request.modality, self.request.protect) if t is not None]
+        return held + [t for layer in self.layers if not isinstance(layer, CompressedLayer) for t in _stock(layer)]
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of the storages behind all live tensors, each counted once."""
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors()}
+        return sum(storages.values())
+
+    @property
+    def bytes_full(self) -> int:
+        """Bytes the keys and values of a stock cache would take after the same tokens."""
+        stock = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for x in self._stock_layers() for t in _stock(x)}
+        return sum(layer.bytes_full for layer in self.compressed_layers) + sum(stock.values())
+
+    def _stock_layers(self) -> list[CacheLayerMixin]:
+        return [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]
+
+
+def checked_budget(pipeline: Pipeline, budget: int | float | Budget) -> Budget:
+    """The budget as an object.
+
+    Raises:
+        ValueError: not a budget, or so small that no prompt could ever be compressed to it.
+    """
+    made = Budget.of(budget)
+    if made.tokens is not None and made.tokens < pipeline.least_budget:
+        raise ValueError(
+            f"budget {made.tokens} does not exceed the tokens that {pipeline} always keeps; "
+            f"the least that works is {pipeline.least_budget}"
+        )
+    return made
+
+
+def _layers(config: Any, request: Request) -> list[CacheLayerMixin]:
+    template, cross, readers = template_layers(config), cross_layers(config), last_readers(config)
+    own = [i for i, layer in enumerate(template) if is_full_attention(layer) and i not in cross]
+    image = [i for i, layer in enumerate(template) if is_full_attention(layer) and i in cross]
+    if not own:
+        raise ValueError(f"{config.model_type} has no full-attention layer whose cache could be compressed")
+    for group, kind, indices in _groups(request, own, image):
+        _check_table(config, group)
+        for ordinal, i in enumerate(indices):
+            template[i] = kind(group, ordinal, i, readers.get(i, i))
+    return template
+
+
+def _groups(request: Request, own: list[int], image: list[int]) -> list[tuple[Group, type[CompressedLayer], list[int]]]:
+    total = len(own) + len(image)
+    free = replace(request.pipeline, select=replace(request.pipeline.select, recent=0, sinks=0, protect=None))
+    groups: list[tuple[Group, type[CompressedLayer], list[int]]] = [
+        (Group(request, request.pipeline, len(own), total), CompressedLayer, own)
+    ]
+    if image and not isinstance(request.pipeline.heads, TableRule):
+        groups.append((Group(request, free, len(image), total), CrossLayer, image))
+    return groups
+
+
+def _check_table(config: Any, group: Group) -> None:
+    """A table made for another model is refused before anything runs."""
+    if isinstance(group.pipeline.heads, TableRule):
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        group.pipeline.heads.plan(torch.ones(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64), group.num_layers, heads)
+
+
+def _stock(layer: Any) -> list[Tensor]:
+    return [t for t in vars(layer).values() if isinstance(t, Tensor)]

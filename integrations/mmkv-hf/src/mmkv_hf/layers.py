@@ -1,0 +1,480 @@
+"""Cache layers that compress themselves once the prompt has been read.
+
+A layer holds an immutable ragged prefix (different lengths per batch row and KV head) and a dense tail that starts with
+the last prompt token. What it reports to transformers are logical lengths, so positions and masks inside `generate` stay
+right. When every head of every layer keeps the same count, the prefix is dense too and stock attention reads it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmkv_kernels import column_sums
+from mmkv_scores import Observation
+from mmkv_select import Kept, RaggedKV, compact
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from .request import Group, at_slots
+from .window import WindowRows
+
+_HANDLE = "_mmkv_layer"
+
+
+def layer_of(keys: Tensor) -> CompressedLayer | None:
+    """The layer that handed out `keys`, if it was one of ours."""
+    handle = getattr(keys, _HANDLE, None)
+    return None if handle is None else handle()
+
+
+class CompressedLayer(CacheLayerMixin):
+    """One self-attention layer of a `CompressedCache`.
+
+    `keys` and `values` [B, H, t, D] are the dense part: the whole prompt while it is read, the tail afterwards, and
+    prefix plus tail in the uniform form.
+
+    Attributes:
+        ordinal: index among the layers of its group.
+        layer_idx: index in the model.
+        seen: logical length, tokens that ever reached this layer.
+        prefix: kept entries before the tail, or None.
+        slots: [B, H, k] int32, logical columns of the first k dense entries in the uniform form, else None.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+    _dense = ("keys", "values", "slots")
+
+    def __init__(self, group: Group, ordinal: int, layer_idx: int, last_reader: int) -> None:
+        super().__init__()
+        self.group, self.ordinal, self.layer_idx, self.last_reader = group, ordinal, layer_idx, last_reader
+        self.keys: Tensor
+        self.values: Tensor
+        self._empty()
+
+    def _empty(self) -> None:
+        self.seen = 0
+        self.prefix: RaggedKV | None = None
+        self.slots: Tensor | None = None
+        self.pending = False
+        self._done_at = 0
+        self._windows: dict[int, WindowRows] = {}
+        self._sums: tuple[Tensor, Tensor] | None = None
+
+    # -- what transformers calls
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Takes dtype, device and shapes from the first keys."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = key_states.new_empty((*key_states.shape[:2], 0, key_states.shape[-1]))
+        self.values = value_states.new_empty((*value_states.shape[:2], 0, value_states.shape[-1]))
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Appends the new keys and values and hands out the dense part, marked so that attention finds this layer.
+
+        Raises:
+            RuntimeError: the keys handed out before never reached the "mmkv" attention function.
+        """
+        self.group.request.check()
+        if self.pending:
+            raise RuntimeError(
+                f"layer {self.layer_idx}: the keys of a CompressedCache did not reach mmkv's attention function. Use the "
+                "cache inside `with compress(model, ...)`, or call mmkv_hf.set_attention(model, 'mmkv') first"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = _appended(self.keys, key_states), _appended(self.values, value_states)
+        self.seen += key_states.shape[-2]
+        self.pending = self.prefix is not None or self.reading
+        return _marked(self.keys, self), self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns a mask needs, and the logical column of the first; logical unless the form is uniform."""
+        held = self.keys.shape[-2] if self.slots is not None else self.seen
+        return held + query_length, self.seen - held
+
+    def get_seq_length(self) -> int:
+        """Tokens this layer has seen, evicted ones included."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the latest tokens; `tokens_to_remove` is negative or 0, as in transformers.
+
+        Raises:
+            ValueError: it reaches back before the last token of the compressed prompt.
+        """
+        count = abs(tokens_to_remove)
+        if count == 0 or not self.is_initialized:
+            return
+        fixed = 0 if self.slots is None else self.slots.shape[-1]
+        if count > self.keys.shape[-2] - fixed:
+            raise ValueError(
+                f"cannot remove {count} tokens: only the {self.keys.shape[-2] - fixed} since the end of the prompt (its "
+                "last token included) can be taken back, what came before is compressed"
+            )
+        self.keys, self.values = self.keys[..., :-count, :].clone(), self.values[..., :-count, :].clone()
+        self.seen -= count
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the given batch rows [R], which may repeat."""
+        self._apply(lambda held: held[indices], lambda prefix: prefix.rows(indices))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: row i continues what row beam_idx[i] was."""
+        if self.is_initialized:
+            self.batch_select_indices(beam_idx.to(self.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every batch row."""
+        if self.is_initialized:
+            rows = torch.arange(self.batch_size, device=self.device)
+            self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.is_initialized = False
+        self._empty()
+
+    def offload(self) -> None:
+        """Moves what is held to the CPU."""
+        self._move("cpu")
+
+    @property
+    def batch_size(self) -> int:
+        """Rows held."""
+        return self.prefix.shape[0] if self.prefix is not None else int(self.keys.shape[0])
+
+    @property
+    def kept(self) -> Tensor | None:
+        """[B, H] int64, entries of the prompt that are held, its last token included; None while all are."""
+        if self.prefix is not None:
+            return self.prefix.lengths + 1
+        if self.slots is None:
+            return None
+        count = self.slots.shape[-1] + 1
+        return torch.full(self.slots.shape[:2], count, dtype=torch.int64, device=self.slots.device)
+
+    def prefetch(self) -> None:
+        """Moves what is held back to its device."""
+        if self.is_initialized:
+            self._move(self.device)
+
+    # -- what mmkv's attention function calls
+
+    @property
+    def reading(self) -> bool:
+        """Whether a prompt is being read, so that attention has to be observed."""
+        return self._done_at < self.group.request.prompt_end
+
+    def observe(self, reader: int, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> None:
+        """Takes in the queries [B, Hq, n, D] of one forward pass; compresses after the last reader of a whole prompt.
+
+        Args:
+            reader: index of the layer whose queries these are (another one's, where layers share keys).
+            query: after RoPE.
+            mask: [B, 1, n, S] bool, as the model's attention got it, or None for causal.
+            scaling: of the logits.
+            softcap: of the logits.
+        """
+        end = self.group.request.prompt_end
+        mask = self._logical(mask)
+        count = query.shape[-2] - max(0, self.seen - end)
+        if count > 0:
+            seen = min(self.seen, end)
+            visible = None if mask is None else mask[:, :, :count, :seen]
+            self._observe_window(reader, query[:, :, :count], seen, visible)
+            if reader == self.layer_idx:
+                self._observe_columns(query[:, :, :count], seen, visible, scaling, softcap)
+        if reader == self.last_reader and self.seen >= end:
+            last = None if mask is None else mask[:, 0, mask.shape[2] - 1 - (self.seen - end), :end]
+            self._compress(last, scaling, softcap)
+
+    def expect(self) -> None:
+        """A new prompt begins."""
+        self._windows, self._sums = {}, None
+
+    @property
+    def bytes_full(self) -> int:
+        """Bytes a stock layer would hold after the same tokens."""
+        if not self.is_initialized:
+            return 0
+        heads, width = self.keys.shape[1], self.keys.shape[-1] + self.values.shape[-1]
+        return self.batch_size * heads * self.seen * width * self.keys.element_size()
+
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Everything held, dense: keys [B, H, N, D], values, slots [B, H or 1, N] int64 (-1: padding, on the left)."""
+        batch, heads, tail = self.keys.shape[:3]
+        fixed = 0 if self.slots is None else self.slots.shape[-1]
+        latest = torch.arange(self.seen - tail + fixed, self.seen, device=self.keys.device)
+        if self.slots is not None:
+            return self.keys, self.values, torch.cat([self.slots.long(), latest.expand(batch, heads, -1)], dim=-1)
+        if self.prefix is None:
+            return self.keys, self.values, latest[None, None].expand(batch, -1, -1)
+        keys, values, slots = self.prefix.padded()
+        slots = torch.cat([slots, latest.expand(batch, heads, -1)], dim=-1)
+        return torch.cat([keys, self.keys], dim=2), torch.cat([values, self.values], dim=2), slots
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor this layer holds."""
+        windows = [t for w in self._windows.values() for t in (w.queries, w.positions, w.mask)]
+        held = [*windows, *(self._sums or ()), self.slots, *(self.prefix.tensors() if self.prefix else ())]
+        held += [self.keys, self.values] if self.is_initialized else []
+        return [t for t in held if t is not None]
+
+    # -- observation and compression
+
+    def _observe_window(self, reader: int, query: Tensor, seen: int, mask: Tensor | None) -> None:
+        size = self.group.pipeline.window
+        if size == 0:
+            return
+        rows = WindowRows.of(query.detach(), seen - query.shape[-2], mask, size)
+        before = self._windows.get(reader)
+        self._windows[reader] = rows if before is None else before.then(rows, size)
+
+    def _observe_columns(
+        self, query: Tensor, seen: int, mask: Tensor | None, scaling: float, softcap: float | None
+    ) -> None:
+        if "column_sums" not in self.group.pipeline.score.needs:
+            return
+        keys, _, slots = self._prompt_entries(seen)
+        rows = WindowRows.of(query, seen - query.shape[-2], mask, query.shape[-2])
+        sums, counts = column_sums(query, keys, scaling=scaling, mask=rows.sees(slots), softcap=softcap)
+        if self._sums is not None:
+            before = (F.pad(x, (0, sums.shape[-1] - x.shape[-1])) for x in self._sums)
+            sums, counts = (now + then for now, then in zip((sums, counts), before, strict=True))
+        self._sums = (sums, counts)
+
+    def _prompt_entries(self, seen: int) -> tuple[Tensor, Tensor, Tensor]:
+        keys, values, slots = self.entries()
+        count = keys.shape[2] - (self.seen - seen)
+        return keys[:, :, :count], values[:, :, :count], slots[..., :count]
+
+    def _logical(self, mask: Tensor | None) -> Tensor | None:
+        """A mask over physical columns (uniform form) as one over logical columns; what is held is not padding."""
+        if mask is None or self.slots is None:
+            return mask
+        tail = self.keys.shape[2] - self.slots.shape[-1]
+        return F.pad(mask[..., -tail:], (self.seen - tail, 0), value=True)
+
+    def _compress(self, visible: Tensor | None, scaling: float, softcap: float | None) -> None:
+        """Evicts; `visible` [B, prompt_end] bool are the real tokens: the last row of a prompt sees all of them."""
+        end = self.group.request.prompt_end
+        try:
+            keys, values, slots = self._prompt_entries(end)
+            if visible is None:
+                visible = torch.ones(keys.shape[0], end, dtype=torch.bool, device=keys.device)
+            kept = self._decide(keys, values, slots, visible, scaling, softcap)
+        except Exception as error:
+            self.group.request.failed = str(error)
+            raise
+        finally:
+            self._windows, self._sums, self._done_at = {}, None, end
+        if kept is not None:
+            self._store(keys, values, slots, kept)
+        self.group.finish()
+
+    def _decide(
+        self, keys: Tensor, values: Tensor, slots: Tensor, visible: Tensor, scaling: float, softcap: float | None
+    ) -> Kept | None:
+        pair = keys.shape[1] * ((keys.shape[-1] + values.shape[-1]) * keys.element_size() + 4)
+        round_ = self.group.begin(visible.sum(-1), pair)
+        valid = at_slots(visible, slots) & (slots >= 0)
+        queries, seen = self._window(keys, slots)
+        sums, counts = self._sums or (None, None)
+        observation = Observation(
+            queries=queries,
+            keys=keys,
+            values=values,
+            valid=valid,
+            candidates=valid,
+            slots=slots.masked_fill(~valid, -1),
+            mask=seen,
+            modality=self._modality(slots),
+            column_sums=sums,
+            column_counts=counts,
+            scaling=scaling,
+            softcap=softcap,
+            layer=self.ordinal,
+            num_layers=self.group.num_layers,
+        )
+        return round_.decide(observation, self._protect(slots))
+
+    def _modality(self, slots: Tensor) -> Tensor | None:
+        known = self.group.request.modality
+        return None if known is None else at_slots(known, slots)
+
+    def _protect(self, slots: Tensor) -> Tensor | None:
+        """The last prompt token, which starts the tail, and what the user named."""
+        last = slots == self.group.request.prompt_end - 1
+        named = self.group.request.protect
+        return last if named is None else last | at_slots(named, slots)
+
+    def _window(self, keys: Tensor, slots: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Queries of all readers, grouped by KV head, and what they saw (None: causal and nothing padded)."""
+        batch, heads, _, dim = keys.shape
+        own = self._windows.get(self.layer_idx)
+        if own is None:
+            return keys.new_zeros(batch, heads, 0, dim), None
+        same = [w for w in self._windows.values() if w.queries.shape[2] == own.queries.shape[2]]
+        queries = torch.cat([w.queries.unflatten(1, (heads, -1)) for w in same], dim=2).flatten(1, 2)
+        plain = own.mask is None and self.prefix is None and self.slots is None
+        return queries, None if plain else own.sees(slots)
+
+    def _store(self, keys: Tensor, values: Tensor, slots: Tensor, kept: Kept) -> None:
+        prefix = compact(keys, values, slots, kept.below(kept.size - 1))
+        start = self.keys.shape[2] - 1 - (self.seen - self.group.request.prompt_end)
+        tail_keys, tail_values = self.keys[:, :, start:].clone(), self.values[:, :, start:].clone()
+        if self._uniform(prefix, kept):
+            shape = (*prefix.shape, int(prefix.lengths.flatten()[0]))
+            self.prefix, self.slots = None, prefix.slots.view(shape)
+            self.keys = torch.cat([prefix.keys.view(*shape, -1), tail_keys], dim=2)
+            self.values = torch.cat([prefix.values.view(*shape, -1), tail_values], dim=2)
+        else:
+            self.prefix, self.slots, self.keys, self.values = prefix, None, tail_keys, tail_values
+
+    def _uniform(self, prefix: RaggedKV, kept: Kept) -> bool:
+        """Whether the whole cache is uniform, which its first layer decides; the tail has to belong to every row."""
+        if self.group.uniform is None:
+            equal = all(bool((x == x.flatten()[0]).all()) for x in (prefix.lengths, kept.lengths))
+            self.group.uniform = equal and self.group.pipeline.counts == "equal"
+        return self.group.uniform
+
+    def _move(self, device: torch.device | str) -> None:
+        self._apply(
+            lambda held: held.to(device, non_blocking=True), lambda prefix: prefix.to(device, non_blocking=True)
+        )
+
+    def _apply(self, dense: Callable[[Tensor], Tensor], ragged: Callable[[RaggedKV], RaggedKV]) -> None:
+        """Replaces everything held."""
+        if not self.is_initialized:
+            return
+        for name in self._dense:
+            held = getattr(self, name)
+            if held is not None:
+                setattr(self, name, dense(held))
+        self.prefix = None if self.prefix is None else ragged(self.prefix)
+
+
+class CrossLayer(CompressedLayer):
+    """A cross-attention layer of Mllama: filled once from the image, then read as `.keys` without an `update`.
+
+    Its entries are image tokens, so nothing is recent: no entry is protected and there is no tail.
+    """
+
+    _dense = ("_keys", "_values")
+
+    def _empty(self) -> None:
+        super()._empty()
+        self._read = self._full = 0
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """What is held, marked so that attention finds this layer; never empty, as Mllama asks for its size."""
+        held = self._keys if self.prefix is None else self.prefix.keys[None, None]
+        return None if held is None else _marked(held, self)
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        self._keys = value
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        """See `keys`."""
+        return self._values if self.prefix is None else self.prefix.values[None, None]
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        self._values = value
+
+    @property
+    def reading(self) -> bool:
+        """Whether the first prompt, the one with the image, is still being read."""
+        return self.prefix is None and self._read < self.group.request.prompt_end
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Takes the keys and values of the image."""
+        if self.is_initialized:
+            raise RuntimeError("a CompressedCache takes the images of a cross-attention model once, with the first prompt")
+        self._keys, self._values, self.is_initialized = key_states, value_states, True
+        self._full = key_states.nbytes + value_states.nbytes
+        self.dtype, self.device = key_states.dtype, key_states.device
+        return self.keys, self.values  # type: ignore[return-value]
+
+    def get_seq_length(self) -> int:
+        """Text tokens that have read this layer."""
+        return self._read if self.is_initialized else 0
+
+    @property
+    def bytes_full(self) -> int:
+        """Bytes a stock layer would hold for the images."""
+        return self._full
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Nothing: text tokens are not in here."""
+
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Image keys, values and their columns; see `CompressedLayer.entries`."""
+        if self.prefix is not None:
+            return self.prefix.padded()
+        assert self._keys is not None
+        assert self._values is not None
+        columns = torch.arange(self._keys.shape[2], device=self._keys.device)
+        return self._keys, self._values, columns[None, None].expand(self._keys.shape[0], -1, -1)
+
+    def observe(self, reader: int, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> None:
+        """Takes in text queries; compresses once the prompt has been read. mask [B, 1, n, images' tokens] or None."""
+        keys, values, slots = self.entries()
+        if mask is None:
+            mask = torch.ones(keys.shape[0], 1, query.shape[2], keys.shape[2], dtype=torch.bool, device=keys.device)
+        rows = WindowRows(query.detach(), mask[:, 0].any(-1).long() - 1, mask)
+        before = self._windows.get(reader)
+        self._windows[reader] = (rows if before is None else before.then(rows, self._size)).last(self._size)
+        self._read += query.shape[2]
+        if self._read >= self.group.request.prompt_end:
+            self._compress(mask[:, 0].any(1), scaling, softcap)
+
+    @property
+    def kept(self) -> Tensor | None:
+        """[B, H] int64, image entries that are held; None while all are."""
+        return None if self.prefix is None else self.prefix.lengths
+
+    @property
+    def _size(self) -> int:
+        return max(1, self.group.pipeline.window)
+
+    def _prompt_entries(self, seen: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self.entries()
+
+    def _modality(self, slots: Tensor) -> Tensor | None:
+        return None
+
+    def _protect(self, slots: Tensor) -> Tensor | None:
+        return None
+
+    def _store(self, keys: Tensor, values: Tensor, slots: Tensor, kept: Kept) -> None:
+        self.prefix = compact(keys, values, slots, kept)
+        self._keys = self._values = None
+
+
+def _marked(keys: Tensor, layer: CompressedLayer) -> Tensor:
+    keys = keys.view_as(keys)
+    setattr(keys, _HANDLE, weakref.ref(layer))  # weak: layer -> keys -> layer would keep memory until a gc run
+    return keys
+
+
+def _appended(held: Tensor, new: Tensor) -> Tensor:
+    """held + new along the tokens; the first tokens are taken as they are unless they would pin a larger buffer."""
+    if held.shape[2]:
+        return torch.cat([held, new], dim=2)
+    return new if new.untyped_storage().nbytes() == new.nbytes else new.clone()

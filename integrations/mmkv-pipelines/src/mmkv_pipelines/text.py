@@ -1,0 +1,124 @@
+"""The text form of a pipeline, e.g. "adakv+mixkv+bacon+snapkv(window=16,kernel=7)"."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from typing import Any
+
+from .registry import Method, find, named
+
+_PART = re.compile(r"\s*(\w+)\s*(?:\((.*)\))?\s*", re.DOTALL)
+
+
+def parse(source: str) -> dict[str, Any]:
+    """The parts named by `source`, as arguments of `Pipeline`; only what is named.
+
+    Raises:
+        ValueError: see `Pipeline.parse`.
+    """
+    stages = split(source, "|")
+    if len(stages) > 1:
+        raise ValueError(f"{source!r} has {len(stages)} stages; this version of mmkv has the eviction stage only")
+    parts = [_read(part) for part in split(source, "+")]
+    found: dict[str, Any] = {}
+    for method, args, settings in parts:
+        if method.kind != "wrap":
+            place = method.kind
+            if place in found:
+                raise ValueError(f"{source!r} names two {place} methods; a pipeline has one")
+            found[place] = _make(method, args, settings)
+    for method, args, settings in sorted((p for p in parts if p[0].kind == "wrap"), key=lambda part: part[0].order):
+        base = (found["score"],) if "score" in found else ()
+        if args:
+            raise ValueError(f"{method.name} takes settings by name, as in {method.name}(key=value)")
+        found["score"] = _make(method, base, settings)
+    return found
+
+
+def render(score: object, layers: object, heads: object, select: object) -> str:
+    """The canonical text: layers, heads, wraps from the outside in, base score, select; defaults are left out."""
+    scores = _unwrap(score)
+    parts = [layers, heads, *scores, select]
+    shown = [_show(part) for part in parts]
+    kept = [text for part, text in zip(parts, shown, strict=True) if text not in ("uniform", "equal", "snapkv", "select")]
+    return "+".join(kept) or "snapkv"
+
+
+def split(source: str, separator: str) -> list[str]:
+    """`source` cut at `separator` outside brackets and quotes."""
+    pieces, depth, quote, start = [], 0, "", 0
+    for i, char in enumerate(source):
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"":
+            quote = char
+        elif char in "([{":
+            depth += 1
+        elif char in ")]}":
+            depth -= 1
+        elif char == separator and depth == 0:
+            pieces.append(source[start:i])
+            start = i + 1
+    if depth or quote:
+        raise ValueError(f"brackets or quotes do not match in {source!r}")
+    return [*pieces, source[start:]]
+
+
+def _read(part: str) -> tuple[Method, list[Any], dict[str, Any]]:
+    match = _PART.fullmatch(part)
+    if match is None:
+        raise ValueError(f"cannot read {part.strip()!r}; a part looks like name or name(setting=value)")
+    args: list[Any] = []
+    settings: dict[str, Any] = {}
+    for item in split(match[2], ",") if match[2] and match[2].strip() else []:
+        key, equals, value = item.partition("=")
+        if equals and key.strip().isidentifier():
+            settings[key.strip()] = _value(value)
+        else:
+            args.append(_value(item))
+    return find(match[1]), args, settings
+
+
+def _value(text: str) -> Any:
+    """A Python literal; anything else is a string (paths and preset names need no quotes)."""
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError):
+        return text.strip()
+
+
+def _make(method: Method, args: Any, settings: dict[str, Any]) -> Any:
+    try:
+        return method.factory(*args, **settings)
+    except TypeError as error:
+        names = [field.name for field in dataclasses.fields(method.factory)]  # type: ignore[arg-type]
+        raise ValueError(f"{method.name}: {error}; its settings are {', '.join(names) or 'none'}") from error
+
+
+def _unwrap(score: object) -> list[object]:
+    scores = [score]
+    while (method := named(scores[-1])) is not None and method.kind == "wrap":
+        scores.append(getattr(scores[-1], dataclasses.fields(scores[-1])[0].name))  # type: ignore[arg-type]
+    return scores
+
+
+def _show(part: object) -> str:
+    method = named(part)
+    if method is None:
+        return repr(part)
+    fields = dataclasses.fields(part)[1 if method.kind == "wrap" else 0 :]  # type: ignore[arg-type]
+    settings = [(f.name, getattr(part, f.name)) for f in fields if f.init and getattr(part, f.name) != _default(f)]
+    return method.name + (f"({','.join(f'{k}={_literal(v)}' for k, v in settings)})" if settings else "")
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _literal(value: Any) -> str:
+    text = str(value) if isinstance(value, str) or not isinstance(value, tuple | list | int | float | bool) else repr(value)
+    text = text if not isinstance(value, tuple | list) else text.replace(" ", "")
+    plain = not isinstance(value, str) or (_value(text) == text and not re.search(r"[,()\[\]+|'\"=]", text))
+    return text if plain else repr(value)

@@ -1,0 +1,50 @@
+"""Reductions and neighbourhoods over the candidates of each head; padding and protected entries never take part."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPS = 1e-8
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x [B, H, N] over mask [B, H or 1, N] -> [B, H, 1]; 0 where the mask is empty."""
+    return (x * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+
+
+def masked_min_max(x: Tensor, mask: Tensor) -> Tensor:
+    """x [B, H, N] rescaled to [0, 1] over mask [B, H or 1, N]; 0 elsewhere, and everywhere when all values are equal."""
+    low = x.masked_fill(~mask, torch.inf).amin(-1, keepdim=True)
+    high = x.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
+    scaled = (x - low) / ((high - low) + EPS)
+    return torch.where(mask, scaled, 0.0)
+
+
+def pool(x: Tensor, mask: Tensor, kernel: int, pooling: Literal["avg", "max"] = "avg") -> Tensor:
+    """1-D pooling of x [B, H, N] along N over mask [B, H or 1, N]; 0 elsewhere.
+
+    Entries outside the mask count as zeros and the divisor is always `kernel`, as in SnapKV and its descendants
+    (`F.avg_pool1d` with zero padding), so the first and last kernel // 2 candidates are scaled down.
+    """
+    x = x * mask
+    if kernel > 1 and x.shape[-1]:
+        function = F.avg_pool1d if pooling == "avg" else F.max_pool1d
+        x = function(x, kernel, stride=1, padding=kernel // 2) * mask
+    return x
+
+
+def neighbourhood_mean(x: Tensor, mask: Tensor, radius: int) -> Tensor:
+    """Mean of x [B, H, N] over the candidates within `radius` entries, the entry itself included; 0 elsewhere."""
+    kernel = 2 * radius + 1
+    share = pool(mask.expand_as(x).to(x.dtype), mask, kernel)
+    return pool(x, mask, kernel) / share.clamp(min=1 / kernel)
+
+
+def check_kernel(kernel: int, name: str) -> None:
+    """Raises ValueError unless `kernel` is odd and positive: an even one has no centre and shifts the scores."""
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"{name}: the kernel must be odd and positive, got {kernel}")

@@ -1,0 +1,161 @@
+"""BACON: the window score calibrated with the last query."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._masked import EPS, check_kernel, masked_mean, neighbourhood_mean, pool
+from .snapkv import SnapKV
+from .trace import Trace
+from .types import Evidence, Observation, Scores, WindowScorer
+
+Preset = Literal["release", "paper", "rel"]
+_DEGENERATE = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class BACON:
+    """Adds to the window score what the last query alone saw: S = B + lambda (E + L + T).
+
+    "Last But Not Least: Boundary Attention CalibratiON" (arXiv 2606.14782), equations 1 to 17, and the authors' release
+    of August 2026. E = max(Q - B, 0) is the boundary residual (eq. 4), L its local mean (eqs. 5-7), T its mean over the
+    previous `depth` layers at the same head and position (eqs. 8-9), lambda matches standard deviations (eqs. 14-15).
+    Only the order within a head changes: the backbone stays the raw window score, and budgets come from that.
+
+    Presets:
+        release: local mean with kernel 5, zero-padded with constant divisor; the deviation of V over V's own top M;
+            the content-presence gate when all three terms are on. The configuration the authors ran (its README).
+        paper: the equations to the letter: radius 5, truncated neighbourhoods, deviation of V over the top M of B, no
+            gate. Where V hardly varies there, lambda would explode (measured 3.6e5); then V's own top M is used. That
+            guard is ours.
+        rel: the release's alternative mode: L is damped where B is not locally supported, T = max(mean - std, 0) over
+            the previous layers, no gate.
+
+    The paper gives gamma no value; 0.5 is the release's. Trace layers count the layers that are compressed.
+
+    Attributes:
+        base: a scorer with `evidence` (SnapKV, LastQuery); anything else has no B and Q to calibrate.
+        preset: "release" (default), "paper" or "rel".
+        terms: which of the terms E, L, T are added, e.g. "el" for the ablation without T; L and T are built from E even
+            when the E term is off.
+        reach: kernel (release, rel) or radius (paper) of the local mean; 5.
+        depth: layers looked back, m; 4.
+        gamma: 0.5.
+        rho: the deviations are taken over the top rho * capacity; 2.
+    """
+
+    base: WindowScorer = field(default_factory=SnapKV)
+    preset: Preset = "release"
+    terms: str = "elt"
+    reach: int = 5
+    depth: int = 4
+    gamma: float = 0.5
+    rho: float = 2.0
+
+    is_attention: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.base, WindowScorer):
+            raise ValueError(
+                f"BACON calibrates the window evidence of SnapKV or LastQuery; {type(self.base).__name__} has none. "
+                "To combine with MixKV wrap the other way round: MixKV(BACON(...))"
+            )
+        if self.preset not in ("release", "paper", "rel"):
+            raise ValueError(f"BACON: preset is 'release', 'paper' or 'rel', got {self.preset!r}")
+        if not self.terms or len(set(self.terms)) != len(self.terms) or not set(self.terms) <= set("elt"):
+            raise ValueError(f"BACON: terms is a selection of the letters e, l, t, got {self.terms!r}")
+        if self.preset != "paper":
+            check_kernel(self.reach, "BACON")
+        if min(self.reach, self.depth, self.gamma) < 0 or self.rho <= 0:
+            raise ValueError(f"BACON: reach, depth and gamma cannot be negative and rho must be positive, got {self}")
+
+    @property
+    def window(self) -> int:
+        """Query rows of the base."""
+        return self.base.window
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the base needs."""
+        return self.base.needs
+
+    def __call__(self, seen: Observation, capacity: Tensor, trace: Trace) -> Scores:
+        """Scores of one layer; reads and extends `trace`."""
+        evidence = self.base.evidence(seen)
+        residual = (evidence.last - evidence.window).clamp(min=0)
+        mean, std = trace.recall(self, seen.layer, seen.slots, self.depth, residual)
+        trace.push(self, seen.layer, seen.slots, residual, self.depth)
+        past = (mean - std).clamp(min=0) if self.preset == "rel" else mean
+        calibrated = calibrate(self, evidence, past, seen.candidates, capacity)
+        return Scores(rank=calibrated.score, backbone=evidence.window)
+
+
+class Calibration(NamedTuple):
+    """score S [B, H, N], the factor lambda [B, H, 1] and the local term L [B, H, N], float32."""
+
+    score: Tensor
+    factor: Tensor
+    local: Tensor
+
+
+def calibrate(settings: BACON, evidence: Evidence, past: Tensor, candidates: Tensor, capacity: Tensor) -> Calibration:
+    """S = B + lambda V over the candidates.
+
+    Args:
+        settings: preset and constants.
+        evidence: B and Q, [B, H, N] float32, pooled.
+        past: [B, H, N] the term T.
+        candidates: [B, H or 1, N] bool.
+        capacity: [B] int64, K of eq. 12.
+    """
+    residual = (evidence.last - evidence.window).clamp(min=0)
+    local = _local(settings, residual, evidence.window, candidates)
+    added = {"e": residual, "l": local, "t": past * candidates}
+    support = torch.stack([added[name] for name in settings.terms]).sum(0) if len(settings.terms) > 1 else added[settings.terms]
+    factor = _factor(settings, evidence.window, support, candidates, capacity)
+    return Calibration(evidence.window + factor * support, factor, local)
+
+
+def _local(settings: BACON, residual: Tensor, window: Tensor, candidates: Tensor) -> Tensor:
+    if settings.preset == "paper":
+        return neighbourhood_mean(residual, candidates, settings.reach)
+    local = pool(residual, candidates, settings.reach)
+    if settings.preset == "rel":
+        around = pool(window, candidates, settings.reach)
+        local = local * around / (around + window + EPS)
+    return local
+
+
+def _factor(settings: BACON, window: Tensor, support: Tensor, candidates: Tensor, capacity: Tensor) -> Tensor:
+    """lambda, [B, H, 1] (eqs. 12-15; release: own top M and the gate)."""
+    existing = candidates.sum(-1).expand(window.shape[:2])
+    size = (settings.rho * capacity).long()[:, None].minimum(existing).clamp(min=1)
+    reach = int(size.max())
+    top_window, where = _top(window, candidates, reach)
+    own, _ = _top(support, candidates, reach)
+    region = torch.arange(own.shape[-1], device=own.device) < size[..., None]
+    deviation = _std(own, region)
+    if settings.preset == "paper":
+        at_window = support.gather(-1, where)
+        literal = _std(at_window, region)
+        deviation = torch.where(literal > _DEGENERATE * masked_mean(own, region), literal, deviation)
+    factor = settings.gamma * _std(top_window, region) / (deviation + EPS)
+    if settings.preset == "release" and set(settings.terms) == set("elt"):
+        factor = factor * (masked_mean(own, region) / (masked_mean(top_window, region) + EPS)).clamp(0, 1)
+    return factor
+
+
+def _top(x: Tensor, candidates: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The `size` largest candidates of each head, in descending order, zeros where there are fewer; and their places."""
+    size = min(size, x.shape[-1])
+    values, where = x.masked_fill(~candidates, -torch.inf).topk(size, dim=-1)
+    return torch.where(values > -torch.inf, values, 0.0), where
+
+
+def _std(x: Tensor, region: Tensor) -> Tensor:
+    """Population standard deviation over the region, [B, H, 1]."""
+    return masked_mean((x - masked_mean(x, region)).square(), region).sqrt()

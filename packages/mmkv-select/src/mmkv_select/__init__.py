@@ -1,0 +1,7 @@
+"""Which cached tokens stay, and the compacted cache they make."""
+
+from .kept import Kept
+from .ragged import RaggedKV, compact
+from .select import Select, select, top_candidates
+
+__all__ = ["Kept", "RaggedKV", "Select", "compact", "select", "top_candidates"]
