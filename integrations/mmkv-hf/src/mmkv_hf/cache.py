@@ -86,6 +86,13 @@ class CompressedCache(Cache):
         """The layers that mmkv compresses."""
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
 
+    def kept_masks(self) -> dict[int, Tensor]:
+        """Model layer -> [B, H, prompt] bool: the logical columns of the prompt that are held.
+
+        For cross-attention layers the columns are image tokens. A layer that evicted nothing holds its padding too.
+        """
+        return {layer.layer_idx: layer.kept_mask() for layer in self.compressed_layers}
+
     def tensors(self) -> list[Tensor]:
         """Every tensor alive in this cache, stock layers and scorers' state included."""
         held = [t for layer in self.compressed_layers for t in layer.tensors()]

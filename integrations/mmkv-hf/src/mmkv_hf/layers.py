@@ -225,6 +225,17 @@ class CompressedLayer(CacheLayerMixin):
         slots = torch.cat([slots, latest.expand(batch, heads, -1)], dim=-1)
         return torch.cat([keys, self.keys], dim=2), torch.cat([values, self.values], dim=2), slots
 
+    def kept_mask(self) -> Tensor:
+        """[B, H, columns] bool: the logical columns of the prompt that are held."""
+        keys, _, slots = self.entries()
+        columns = self._columns(slots)
+        mask = torch.zeros(*keys.shape[:2], max(columns, self.seen) + 1, dtype=torch.bool, device=keys.device)
+        mask.scatter_(2, (slots + 1).expand(*keys.shape[:2], -1), True)  # column 0 takes the padding
+        return mask[..., 1 : columns + 1]
+
+    def _columns(self, slots: Tensor) -> int:
+        return self.group.request.prompt_end
+
     def tensors(self) -> list[Tensor]:
         """Every tensor this layer holds."""
         windows = [t for w in self._windows.values() for t in (w.queries, w.positions, w.mask)]
@@ -376,7 +387,7 @@ class CrossLayer(CompressedLayer):
 
     def _empty(self) -> None:
         super()._empty()
-        self._read = self._full = 0
+        self._read = self._full = self._images = 0
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
@@ -407,7 +418,7 @@ class CrossLayer(CompressedLayer):
         if self.is_initialized:
             raise RuntimeError("a CompressedCache takes the images of a cross-attention model once, with the first prompt")
         self._keys, self._values, self.is_initialized = key_states, value_states, True
-        self._full = key_states.nbytes + value_states.nbytes
+        self._full, self._images = key_states.nbytes + value_states.nbytes, key_states.shape[2]
         self.dtype, self.device = key_states.dtype, key_states.device
         return self.keys, self.values  # type: ignore[return-value]
 
@@ -455,6 +466,9 @@ class CrossLayer(CompressedLayer):
 
     def _prompt_entries(self, seen: int) -> tuple[Tensor, Tensor, Tensor]:
         return self.entries()
+
+    def _columns(self, slots: Tensor) -> int:
+        return self._images
 
     def _modality(self, slots: Tensor) -> Tensor | None:
         return None

@@ -92,7 +92,7 @@ def make_report(cache: CompressedCache, modality: Tensor | None) -> Report:
         modality: [P, N] int8 of the prompt, or None when it is not known.
     """
     prompt = cache.request.prompt_end
-    masks = [_kept_mask(layer, prompt) for layer in cache.compressed_layers]
+    masks = [mask.cpu() for mask in cache.kept_masks().values()]
     if modality is not None:
         modality = modality.cpu().repeat_interleave(masks[0].shape[0] // modality.shape[0], dim=0)
     vision = [(row > 0).nonzero()[:, 0] for row in modality] if modality is not None else []
@@ -109,16 +109,6 @@ def make_report(cache: CompressedCache, modality: Tensor | None) -> Report:
             torch.stack([mask[b][:, columns].float().mean(0) for mask in own]) for b, columns in enumerate(vision)
         ],
     )
-
-
-def _kept_mask(layer: CompressedLayer, prompt: int) -> Tensor:
-    """[B, H, prompt] bool on the CPU: which columns of the prompt are held."""
-    keys, _, slots = layer.entries()
-    slots = slots.expand(*keys.shape[:2], -1).cpu()
-    width = max(prompt, int(slots.max()) + 1)
-    mask = torch.zeros(*slots.shape[:2], width + 1, dtype=torch.bool)
-    mask.scatter_(2, slots + 1, True)
-    return mask[..., 1 : prompt + 1] if not isinstance(layer, CrossLayer) else mask[..., 1:]
 
 
 def _layer(layer: CompressedLayer, mask: Tensor, modality: Tensor | None) -> LayerReport:

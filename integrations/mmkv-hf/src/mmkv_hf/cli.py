@@ -1,0 +1,92 @@
+"""The command line: `mmkv methods`, `mmkv generate`. Needs mmkv-hf[cli]."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+    from PIL import Image
+    from rich.console import Console
+    from rich.table import Table
+except ImportError as error:
+    raise ImportError("the command line needs typer, rich and pillow; install mmkv-hf[cli]") from error
+
+app = typer.Typer(help="Vision-language models answering from a small KV cache.", no_args_is_help=True)
+_console = Console()
+
+
+def main() -> None:
+    """Entry point of `mmkv`."""
+    app()
+
+
+@app.command()
+def methods() -> None:
+    """Lists the methods a pipeline can name."""
+    from mmkv_pipelines import methods as known
+
+    table = Table("name", "place", "what it does")
+    for method in known():
+        table.add_row(method.name, method.kind, method.summary)
+    _console.print(table)
+    _console.print('Join names with "+", settings in parentheses: adakv+mixkv+bacon+snapkv(window=16)', markup=False)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Option(help="Name or folder of a transformers model.")],
+    prompt: Annotated[str, typer.Option(help="The question; <image> marks where an image goes.")],
+    image: Annotated[list[Path] | None, typer.Option(help="Image file; may be given several times.")] = None,
+    pipeline: Annotated[str, typer.Option(help="Text form of the pipeline.")] = "adakv+mixkv+bacon",
+    budget: Annotated[str, typer.Option(help="Tokens (64), or a share of the prompt (0.1).")] = "0.1",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture of the kept vision tokens here.")] = None,
+) -> None:
+    """Answers one prompt from a compressed cache and reports what the cache holds."""
+    try:
+        _generate(model, prompt, image or [], pipeline, budget, max_new_tokens, plot)
+    except (ValueError, OSError, ImportError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+def _generate(
+    name: str, prompt: str, paths: list[Path], pipeline: str, budget: str, max_new_tokens: int, plot: Path | None
+) -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from . import Pipeline, compress
+
+    method, size = Pipeline.parse(pipeline), _number(budget)  # wrong settings fail before the weights are read
+    images = [Image.open(path).convert("RGB") for path in paths]
+    processor = AutoProcessor.from_pretrained(name)
+    model = AutoModelForImageTextToText.from_pretrained(name)
+    inputs = processor(text=_text(processor, prompt, len(images)), images=images or None, return_tensors="pt")
+    inputs = inputs.to(model.device)
+    with compress(model, method, size) as session:
+        out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    answer = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+    _console.print(answer, markup=False)
+    _console.print(str(session.report()), markup=False, highlight=False)
+    if plot is not None:
+        session.report().plot(plot, images)
+        _console.print(f"wrote {plot}", markup=False)
+
+
+def _number(budget: str) -> int | float:
+    try:
+        return int(budget) if budget.lstrip("+-").isdigit() else float(budget)
+    except ValueError:
+        raise ValueError(f"the budget is a number of tokens (64) or a share of the prompt (0.1), not {budget!r}") from None
+
+
+def _text(processor: Any, prompt: str, images: int) -> str:
+    """The prompt with its image placeholders, in the model's chat form where it has one."""
+    if getattr(processor, "chat_template", None):
+        content: list[dict[str, str]] = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return str(text)
+    token = getattr(processor, "image_token", "<image>")
+    return prompt if token in prompt else f"{token} " * images + prompt

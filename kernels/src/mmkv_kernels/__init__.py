@@ -1,0 +1,28 @@
+"""Tensor operators for KV-cache compression.
+
+Shapes: B batch rows, Hq query heads, H KV heads, G = Hq/H query heads per KV head, D (Dv) dimension of a key (value), N
+cached entries, W or n query rows. Keys are never expanded to query heads, and everything is computed in float32 of the
+values as stored. No operator records gradients.
+"""
+
+from .columns import column_sums
+from .dense import dense_attention
+from .gather import Gathered, gather_kv
+from .merge import AttentionOutput, merge_attention
+from .ragged import ragged_attention
+from .statistics import KeyStatistics, key_statistics
+from .window import WindowAttention, window_attention
+
+__all__ = [
+    "AttentionOutput",
+    "Gathered",
+    "KeyStatistics",
+    "WindowAttention",
+    "column_sums",
+    "dense_attention",
+    "gather_kv",
+    "key_statistics",
+    "merge_attention",
+    "ragged_attention",
+    "window_attention",
+]

@@ -1,0 +1,71 @@
+"""Checks of arguments, shared by all operators: wrong shapes raise ValueError, wrong dtypes TypeError."""
+
+from itertools import pairwise
+
+from torch import Tensor, bfloat16, bool, float16, float32, int64
+
+FLOATS = (float32, bfloat16, float16)
+
+
+class Dims(dict[str, int]):
+    """Sizes by name, bound by the first tensor that has them and required of all later ones."""
+
+    def bind(self, name: str, tensor: Tensor, spec: str) -> None:
+        """Binds or compares the sizes of `tensor`, one letter code per dimension; `1|H` also allows size 1."""
+        codes = spec.split()
+        if tensor.dim() != len(codes):
+            raise ValueError(f"{name} must be [{', '.join(codes)}], got shape {list(tensor.shape)}")
+        for code, size in zip(codes, tensor.shape, strict=True):
+            if size == 1 and code.startswith("1|"):
+                continue
+            if self.setdefault(code.removeprefix("1|"), size) != size:
+                known = {key: self[key] for key in map(_bare, codes) if key in self}
+                raise ValueError(f"{name} must be [{', '.join(codes)}] with {known}, got shape {list(tensor.shape)}")
+
+    def flags(self, name: str, tensor: Tensor | None, spec: str) -> None:
+        """Binds an optional bool tensor."""
+        if tensor is None:
+            return
+        if tensor.dtype != bool:
+            raise TypeError(f"{name} must be bool, got {tensor.dtype}")
+        self.bind(name, tensor, spec)
+
+    def grouped(self) -> None:
+        """Requires the query heads Hq to be a multiple of the KV heads H."""
+        if self["H"] == 0 or self["Hq"] % self["H"]:
+            raise ValueError(f"query heads must be a multiple of KV heads, got Hq={self['Hq']} and H={self['H']}")
+
+
+def floats(**tensors: Tensor) -> None:
+    """Requires one floating dtype that attention is stored in, and one device."""
+    (first_name, first), *others = tensors.items()
+    if first.dtype not in FLOATS:
+        raise TypeError(f"{first_name} must be float32, bfloat16 or float16, got {first.dtype}")
+    for name, tensor in others:
+        if tensor.dtype != first.dtype:
+            raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {tensor.dtype}")
+        if tensor.device != first.device:
+            raise ValueError(f"{name} must be on the device of {first_name}, {first.device}, got {tensor.device}")
+
+
+def positive_softcap(softcap: float | None) -> None:
+    """Requires a soft cap above zero, where there is one."""
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be above 0 or None, got {softcap}")
+
+
+def segment_lengths(name: str, cu_seqlens: Tensor, segments: int, total: int) -> list[int]:
+    """Lengths of the segments on the host; `cu_seqlens` must be int64 [segments + 1], rising from 0 to `total`."""
+    if cu_seqlens.dtype != int64:
+        raise TypeError(f"{name} must be int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.shape != (segments + 1,):
+        raise ValueError(f"{name} must be [B * H + 1] = [{segments + 1}], got shape {list(cu_seqlens.shape)}")
+    bounds: list[int] = cu_seqlens.tolist()
+    lengths = [stop - start for start, stop in pairwise(bounds)]
+    if bounds[0] != 0 or bounds[-1] != total or min(lengths, default=0) < 0:
+        raise ValueError(f"{name} must rise from 0 to {total}, got {bounds}")
+    return lengths
+
+
+def _bare(code: str) -> str:
+    return code.removeprefix("1|")

@@ -1,0 +1,54 @@
+"""Key statistics in plain torch."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class KeyStatistics(NamedTuple):
+    """Statistics of a layer's cache, all float32."""
+
+    key_norms: Tensor  # [B, H, N]
+    value_norms: Tensor  # [B, H, N]
+    cosines: Tensor  # [B, H, N], of every key with the mean key
+    mean_norm: Tensor  # [B, H], of the mean of the normalised keys
+    redundancy: Tensor  # [B, H], mean cosine between two different keys
+
+
+def key_statistics_reference(keys: Tensor, values: Tensor, valid: Tensor | None) -> KeyStatistics:
+    """See `key_statistics`; arguments are taken as checked."""
+    batch, heads, entries, _ = keys.shape
+    key_norms, value_norms = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) for x in (keys, values))
+    if valid is not None:
+        for norms in (key_norms, value_norms):
+            norms.masked_fill_(~valid, 0)
+    held = torch.full((batch, 1), entries, device=keys.device) if valid is None else valid.sum(-1)
+    counts = held.expand(batch, heads)
+    cosines, mean_norm = torch.empty_like(key_norms), key_norms.new_empty(batch, heads)
+    for b in range(batch):
+        for h in range(heads):  # one head's normalised keys in memory at a time
+            cosines[b, h], mean_norm[b, h] = _cosines_to_mean(keys[b, h], key_norms[b, h], counts[b, h])
+    return KeyStatistics(key_norms, value_norms, cosines, mean_norm, redundancy(mean_norm, counts))
+
+
+def redundancy(mean_norm: Tensor, counts: Tensor) -> Tensor:
+    """Mean cosine between two of `counts` unit vectors whose mean has length `mean_norm`; 0 where there are no two."""
+    squared = mean_norm.double().square()  # n ||kbar||^2 - 1 cancels for heads of low redundancy
+    return ((counts * squared - 1) / (counts - 1)).masked_fill_(counts <= 1, 0).float()
+
+
+def _cosines_to_mean(keys: Tensor, norms: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines [N] of keys [N, D] with their mean direction (0 for norm 0), and the length of the mean normalised key.
+
+    The cosine comes from the distance, 1 - |a - b|^2 / 2: where all keys point one way (redundancy .999) a dot product
+    loses just the digits that tell them apart.
+    """
+    counted = norms > 0
+    directions = keys / norms[:, None]
+    directions.masked_fill_(~counted[:, None], 0)
+    mean = directions.sum(0) / count.clamp(min=1)
+    mean_norm = torch.linalg.vector_norm(mean)
+    distances = torch.linalg.vector_norm(directions.sub_(mean / mean_norm), dim=-1)
+    cosines = distances.square_().mul_(-0.5).add_(1)
+    return cosines.masked_fill_(~(counted & (mean_norm > 0)), 0), mean_norm

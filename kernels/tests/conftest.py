@@ -1,0 +1,86 @@
+"""Shared by the tests of all operators: inputs, tolerances, and what a query row sees."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def randn(*shape, dtype=torch.float32, seed=0):
+    """Standard normal values, rounded to `dtype`."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def sees(valid, mask, b, h, row, rows, entries):
+    """List of entries that query row `row` of batch row b sees in KV head h, straight from the specification."""
+    held = [True] * entries if valid is None else valid[b, h if valid.shape[1] > 1 else 0].tolist()
+    if mask is not None:
+        allowed = mask[b, h if mask.shape[1] > 1 else 0, row].tolist()
+        return [j for j in range(entries) if held[j] and allowed[j]]
+    own = entries - rows + row
+    if own < 0 or not held[own]:
+        return []
+    return [j for j in range(own + 1) if held[j]]
+
+
+def probabilities(query, keys, seen, scaling, softcap=None):
+    """Softmax in float64 of one query [D] over keys[seen], spread to [N]."""
+    logits = torch.tensor([float(query.double() @ keys[j].double()) * scaling for j in seen], dtype=torch.float64)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    spread = torch.zeros(keys.shape[0], dtype=torch.float64)
+    spread[seen] = torch.softmax(logits, 0)
+    return spread
+
+
+def attention(query, keys, values, seen, scaling, softcap=None):
+    """Float64 attention of one query over `seen`: (out [Dv], lse)."""
+    if not len(seen):
+        return torch.zeros(values.shape[1], dtype=torch.float64), -math.inf
+    logits = (keys[seen].double() @ query.double()) * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return torch.softmax(logits, 0) @ values[seen].double(), float(torch.logsumexp(logits, 0))
+
+
+def close(actual, expected, dtype=torch.float32, scale=1.0):
+    """Within a few roundings of `dtype` of a float64 oracle."""
+    rounding = max(torch.finfo(dtype).eps, 2**-20)
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=2 * rounding, atol=2 * rounding * scale)
+
+
+def owns_its_bytes(*tensors):
+    """No tensor shares its storage or keeps more of it than it shows."""
+    pointers = [tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()]
+    assert len(set(pointers)) == len(pointers)
+    for tensor in tensors:
+        assert tensor.is_contiguous()
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+def close_lse(actual, expected, dtype):
+    """As `close`; for halves the fused kernel takes a faster exponential, still far below their rounding."""
+    assert actual.dtype == torch.float32
+    close(actual, expected, scale=1.0 if dtype == torch.float32 else 32.0)
+
+
+@pytest.fixture(scope="session")
+def kit():
+    return SimpleNamespace(
+        randn=randn,
+        sees=sees,
+        probabilities=probabilities,
+        attention=attention,
+        close=close,
+        close_lse=close_lse,
+        owns_its_bytes=owns_its_bytes,
+    )
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request):
+    return request.param

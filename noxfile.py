@@ -1,0 +1,150 @@
+"""Every environment of mmkv, made from the pins: torch first, with its exact version, then the rest."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+import tomllib
+
+import nox
+
+ROOT = pathlib.Path(__file__).parent
+PROJECTS = sorted(
+    path.parent
+    for pattern in ("kernels", "packages/*", "integrations/*", "benchmarks/*")
+    for path in ROOT.glob(f"{pattern}/pyproject.toml")
+)
+META = {path: tomllib.loads((path / "pyproject.toml").read_text())["project"] for path in PROJECTS}
+FOLDER = {meta["name"]: path for path, meta in META.items()}
+MODULE = {name: name.replace("-", "_") for name in FOLDER}
+CONSTRAINTS = ROOT / "constraints.txt"
+PINS = dict(line.split("==") for line in CONSTRAINTS.read_text().splitlines() if "==" in line and line[0] != "#")
+TORCH = f"torch=={PINS['torch']}"
+SUPPORTED = ("5.17.0", "5.20.0", PINS["transformers"])
+
+nox.options.sessions = ["tests", "lint", "types", "wheels", "docs"]
+nox.options.reuse_existing_virtualenvs = True
+
+
+def install(session: nox.Session, *requirements: str, tree: bool = True) -> None:
+    """Torch by its pin, then everything else under the constraints; `tree`: our packages, editable, by path."""
+    session.install(TORCH)
+    session.install("hatchling>=1.26", "editables", "-c", str(CONSTRAINTS))
+    session.install(*requirements, *(third_party() if tree else ()), "-c", str(CONSTRAINTS))
+    if tree:
+        paths = [argument for path in PROJECTS for argument in ("-e", str(path))]
+        session.install("--no-build-isolation", "--no-deps", *paths)
+
+
+def third_party() -> list[str]:
+    """What our packages and their extras need, without each other."""
+    needed: set[str] = set()
+    for meta in META.values():
+        extras = [r for name, group in meta.get("optional-dependencies", {}).items() if name != "triton" for r in group]
+        needed |= {r for r in [*meta.get("dependencies", []), *extras] if not r.startswith("mmkv-")}
+    return sorted(needed)
+
+
+def run_tests(session: nox.Session, *arguments: str) -> None:
+    """pytest over every package, each against what is installed, two processes with one thread each."""
+    folders = [str(path / "tests") for path in PROJECTS if (path / "tests").is_dir()]
+    session.run("python", "-m", "pytest", *arguments, *(session.posargs or folders), env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """The bundled model reads pages from a full and from compressed caches."""
+    install(session)
+    session.run("python", "-m", "mmkv_testbed.demo", *session.posargs, env={"OMP_NUM_THREADS": "2"})
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests of all packages."""
+    install(session, "pytest", "pytest-xdist", "hypothesis")
+    run_tests(session, "-n", "2", "--dist", "loadfile")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff, and import-linter for the floors."""
+    install(session, "ruff", "import-linter")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("lint-imports")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy --strict over the sources."""
+    install(session, "mypy", "types-tqdm")
+    session.run("mypy", *(str(path / "src") for path in PROJECTS), env={"MYPYPATH": _mypy_path()})
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """All tests with the oldest versions allowed, but for torch, whose older builds bring gigabytes of CUDA."""
+    install(session, "pytest", "pytest-xdist", "hypothesis", tree=False)
+    floors = [requirement.split(",")[0].replace(">=", "==") for requirement in third_party()]
+    session.install(TORCH, *(floor for floor in floors if not floor.startswith("torch==")))
+    session.install("--no-build-isolation", "--no-deps", *(a for path in PROJECTS for a in ("-e", str(path))))
+    run_tests(session, "-n", "2", "--dist", "loadfile")
+
+
+@nox.session
+@nox.parametrize("transformers", SUPPORTED)
+def hf(session: nox.Session, transformers: str) -> None:
+    """The transformers adapter over the supported versions of transformers."""
+    install(session, "pytest", "pytest-xdist", "hypothesis")
+    session.install(TORCH, f"transformers=={transformers}")
+    folders = [FOLDER["mmkv-hf"] / "tests", FOLDER["mmkv-testkit"] / "tests"]
+    arguments = session.posargs or [str(folder) for folder in folders]
+    session.run("python", "-m", "pytest", "-n", "2", "--dist", "loadfile", *arguments, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def wheels(session: nox.Session) -> None:
+    """Builds every wheel; each is installed with only its own mmkv dependencies and imported."""
+    dist = ROOT / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    install(session, "build", "hatchling", tree=False)
+    for path in PROJECTS:
+        session.run("python", "-m", "build", "--no-isolation", "--wheel", "--outdir", str(dist), str(path), silent=True)
+    third = [requirement for requirement in third_party() if not requirement.startswith("torch")]
+    session.install(*third, "-c", str(CONSTRAINTS))
+    for name in FOLDER:
+        session.run("python", "-m", "pip", "uninstall", "-q", "-y", *FOLDER, silent=True)
+        session.install("--no-index", "--no-deps", "--find-links", str(dist), *sorted(_closure(name)))
+        session.run("python", "-c", f"import {MODULE[name]} as m; print(m.__name__, 'imports from its wheel')")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation site, strict."""
+    install(session, "mkdocs-material", "mkdocstrings[python]")
+    session.run("mkdocs", "build", "--strict", "--quiet")
+
+
+@nox.session(name="train")
+def train(session: nox.Session) -> None:
+    """Trains the bundled model from its seed, on one thread."""
+    install(session)
+    session.run("python", "-m", "mmkv_testbed.train", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+def _closure(name: str) -> set[str]:
+    """A distribution and the mmkv distributions it depends on."""
+    found, queue = set(), [name]
+    while queue:
+        one = queue.pop()
+        found.add(one)
+        queue += [d for d in map(_distribution, META[FOLDER[one]].get("dependencies", [])) if d in FOLDER and d not in found]
+    return found
+
+
+def _distribution(requirement: str) -> str:
+    return requirement.partition(">")[0].partition("[")[0].partition("=")[0].strip()
+
+
+def _mypy_path() -> str:
+    return ":".join(str(path / "src") for path in PROJECTS)
