@@ -26,14 +26,17 @@ nox.options.sessions = ["tests", "lint", "types", "wheels", "docs"]
 nox.options.reuse_existing_virtualenvs = True
 
 
-def install(session: nox.Session, *requirements: str, tree: bool = True) -> None:
-    """Torch by its pin, then everything else under the constraints; `tree`: our packages, editable, by path."""
+def install(session: nox.Session, *requirements: str) -> None:
+    """Torch by its pin, then everything else under the constraints, then our packages, editable, by path."""
     session.install(TORCH)
+    session.install(*requirements, *third_party(), "-c", str(CONSTRAINTS))
+    install_tree(session)
+
+
+def install_tree(session: nox.Session) -> None:
+    """Our packages, editable, by path, with nothing they depend on."""
     session.install("hatchling>=1.26", "editables", "-c", str(CONSTRAINTS))
-    session.install(*requirements, *(third_party() if tree else ()), "-c", str(CONSTRAINTS))
-    if tree:
-        paths = [argument for path in PROJECTS for argument in ("-e", str(path))]
-        session.install("--no-build-isolation", "--no-deps", *paths)
+    session.install("--no-build-isolation", "--no-deps", *(a for path in PROJECTS for a in ("-e", str(path))))
 
 
 def third_party() -> list[str]:
@@ -68,7 +71,8 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """ruff, and import-linter for the floors."""
-    install(session, "ruff", "import-linter")
+    session.install("ruff", "import-linter", "-c", str(CONSTRAINTS))
+    install_tree(session)
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("lint-imports")
@@ -84,10 +88,10 @@ def types(session: nox.Session) -> None:
 @nox.session
 def lowest(session: nox.Session) -> None:
     """All tests with the oldest versions allowed, but for torch, whose older builds bring gigabytes of CUDA."""
-    install(session, "pytest", "pytest-xdist", "hypothesis", tree=False)
     floors = [requirement.split(",")[0].replace(">=", "==") for requirement in third_party()]
-    session.install(TORCH, *(floor for floor in floors if not floor.startswith("torch==")))
-    session.install("--no-build-isolation", "--no-deps", *(a for path in PROJECTS for a in ("-e", str(path))))
+    session.install(TORCH)
+    session.install("pytest", "pytest-xdist", "hypothesis", *(f for f in floors if not f.startswith("torch==")))
+    install_tree(session)
     run_tests(session, "-n", "2", "--dist", "loadfile")
 
 
@@ -107,11 +111,11 @@ def wheels(session: nox.Session) -> None:
     """Builds every wheel; each is installed with only its own mmkv dependencies and imported."""
     dist = ROOT / "dist"
     shutil.rmtree(dist, ignore_errors=True)
-    install(session, "build", "hatchling", tree=False)
+    third = [requirement for requirement in third_party() if not requirement.startswith("torch")]
+    session.install(TORCH)
+    session.install("build", "hatchling>=1.26", *third, "-c", str(CONSTRAINTS))
     for path in PROJECTS:
         session.run("python", "-m", "build", "--no-isolation", "--wheel", "--outdir", str(dist), str(path), silent=True)
-    third = [requirement for requirement in third_party() if not requirement.startswith("torch")]
-    session.install(*third, "-c", str(CONSTRAINTS))
     for name in FOLDER:
         session.run("python", "-m", "pip", "uninstall", "-q", "-y", *FOLDER, silent=True)
         session.install("--no-index", "--no-deps", "--find-links", str(dist), *sorted(_closure(name)))
@@ -121,7 +125,7 @@ def wheels(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation site, strict."""
-    install(session, "mkdocs-material", "mkdocstrings[python]")
+    session.install("mkdocs-material", "mkdocstrings[python]", "-c", str(CONSTRAINTS))
     session.run("mkdocs", "build", "--strict", "--quiet")
 
 

@@ -32,7 +32,7 @@ class Run:
     tokens: Tensor
     """The new tokens [B, n], greedy."""
     kept: Mapping[int, Tensor]
-    """Per compressed layer, which prompt columns each KV head holds, wherever it stores them: bool [B, H, N], N with padding."""
+    """Prompt columns each KV head of a compressed layer holds, wherever: bool [B, H, N], padding columns included."""
     bytes_held: int
     """Storage of all live tensors of the cache after the run (`memory.live_bytes`)."""
     logical_lengths: Sequence[int]
