@@ -37,9 +37,10 @@ def test_head_sizes_and_dtypes(kit, dtype, rows, causal, sizes):
 
 @pytest.mark.parametrize("group_size", [1, 2, 7])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_groups_and_softcap(kit, group_size, softcap):
+@pytest.mark.parametrize("causal", [False, True])
+def test_groups_and_softcap(kit, group_size, softcap, causal):
     keys, values = kit.randn(1, 2, 9, 8, seed=1), kit.randn(1, 2, 9, 8, seed=2)
-    check(kit, kit.randn(1, 2 * group_size, 3, 8), keys, values, 2.0, softcap=softcap, causal=True)
+    check(kit, kit.randn(1, 2 * group_size, 3, 8), keys, values, 2.0, softcap=softcap, causal=causal)
 
 
 @pytest.mark.parametrize("heads", [1, 2])

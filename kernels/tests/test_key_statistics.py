@@ -123,7 +123,7 @@ def test_no_entries_and_own_bytes(kit):
     assert empty.cosines.shape == (2, 3, 0)
     assert torch.equal(empty.redundancy, torch.zeros(2, 3))
     assert torch.equal(empty.mean_norm, torch.zeros(2, 3))
-    keys = kit.randn(2, 3, 11, 8)
+    keys = kit.randn(2, 11, 3, 8).transpose(1, 2)
     before = keys.clone()
     kit.owns_its_bytes(*key_statistics(keys, keys, valid=torch.ones(2, 1, 11, dtype=torch.bool)))
     assert torch.equal(keys, before)

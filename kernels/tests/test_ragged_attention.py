@@ -55,8 +55,10 @@ def test_head_sizes_and_dtypes(kit, dtype, rows, sizes):
 @pytest.mark.parametrize("tail", [0, 1, 3, 5, 64])
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("causal", [True, False])
-def test_tails(kit, tail, rows, causal):
-    check(kit, make(kit, [3, 0, 1000, 12], 2, 4, 2, rows, tail), causal=causal)
+@pytest.mark.parametrize("lengths", [[3, 0, 1000, 12], [4, 4, 4, 4]])
+@pytest.mark.parametrize("query_heads", [2, 4])
+def test_tails(kit, tail, rows, causal, lengths, query_heads):
+    check(kit, make(kit, lengths, 2, query_heads, 2, rows, tail), causal=causal)
 
 
 @pytest.mark.parametrize("group_size", [1, 2, 7])
@@ -78,11 +80,22 @@ def test_masks(kit, rows, heads):
     check(kit, arguments, tail_mask=tail_mask)
 
 
+@pytest.mark.parametrize("held", [0, 1, 6])
+@pytest.mark.parametrize("masked", [False, True])
+def test_heads_that_hold_equally_many(kit, held, masked, dtype):
+    mask = kit.randn(3, 4 * held, seed=8) > 0 if masked else None
+    check(kit, make(kit, [held] * 4, 2, 4, 2, 3, 5, dtype=dtype), prefix_mask=mask)
+    wide = kit.randn(4 * held, 16, dtype=dtype, seed=7)
+    q, _, _, cu, tk, tv = make(kit, [held] * 4, 2, 4, 2, 3, 5, dtype=dtype)
+    check(kit, (q, wide[:, ::2], wide[:, 8:], cu, tk, tv), prefix_mask=mask)
+
+
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_heads_that_hold_nothing(kit, softcap, dtype):
     result = check(kit, make(kit, [0, 0, 0, 0], 2, 4, 2, 1, 0, dtype=dtype), softcap=softcap)
     assert torch.isneginf(result.lse).all()
     check(kit, make(kit, [0, 0, 0, 0], 2, 4, 2, 3, 3, dtype=dtype), softcap=softcap)
+    assert ragged_attention(*make(kit, [], 0, 4, 2, 1, 3), scaling=1.0).out.shape == (0, 4, 1, 8)
 
 
 @pytest.mark.parametrize("rows", [1, 5])

@@ -184,7 +184,7 @@ def test_any_shape(kit, batch, heads, group_size, rows, entries, size, seed):
         ({"keys": torch.zeros(2, 9, 8)}, ValueError, "keys must be"),
         ({"keys": torch.zeros(1, 3, 9, 8)}, ValueError, "Hq=4 and H=3"),
         ({"keys": torch.zeros(1, 2, 9, 8).half()}, TypeError, "dtype of queries"),
-        ({"queries": torch.zeros(1, 4, 3, 8).double()}, TypeError, "float32, bfloat16 or float16"),
+        ({"queries": torch.zeros(1, 4, 3, 8).int()}, TypeError, "float32, bfloat16, float16 or float64"),
         ({"valid": torch.ones(1, 1, 9)}, TypeError, "valid must be bool"),
         ({"valid": torch.ones(1, 1, 8).bool()}, ValueError, "valid must be"),
         ({"valid": torch.ones(1, 4, 9).bool()}, ValueError, "valid must be"),

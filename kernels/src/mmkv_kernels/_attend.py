@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from ._checks import wide
 from .merge.reference import AttentionOutput
 
 # The kernel behind scaled_dot_product_attention on CPUs, called for its log-sum-exp, which the public function drops.
@@ -26,16 +27,17 @@ def attend(
         visible: bool [A, 1 or M, t, n] or None (all).
 
     Returns:
-        `out` [A, M, G * t, Dv], float32 or the dtype of the queries, and `lse` [A, M, G * t].
+        `out` [A, M, G * t, Dv], the dtype computed in or that of the queries, and `lse` [A, M, G * t].
     """
     if _FLASH is not None and softcap is None and visible is None and _flash_takes(queries, keys, values):
         return AttentionOutput(*_FLASH(queries, keys, values, scale=scaling))
-    folded = queries.float() * scaling
-    parts = [
-        _softmax_attention(folded[a], keys[a], values[a], softcap, None if visible is None else visible[a])
-        for a in range(keys.shape[0])  # row by row: the heads of several rows cannot always be joined without a copy
-    ]
-    return AttentionOutput(torch.stack([out for out, _ in parts]), torch.stack([lse for _, lse in parts]))
+    folded = queries.to(wide(queries.dtype)) * scaling
+    out = folded.new_empty(*queries.shape[:3], values.shape[3])
+    lse = folded.new_empty(queries.shape[:3])
+    for a in range(keys.shape[0]):  # row by row: the heads of several rows cannot always be joined without a copy
+        seen = None if visible is None else visible[a]
+        out[a], lse[a] = _softmax_attention(folded[a], keys[a], values[a], softcap, seen)
+    return AttentionOutput(out, lse)
 
 
 def _flash_takes(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
@@ -51,8 +53,8 @@ def _flash_takes(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
 def _softmax_attention(
     queries: Tensor, keys: Tensor, values: Tensor, softcap: float | None, visible: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Float32 attention of scaled queries [M, R, D] over [M, n, D]; `visible` [1 or M, t, n]."""
-    logits = torch.bmm(queries, keys.float().transpose(1, 2))
+    """Attention of scaled queries [M, R, D] over [M, n, D] in their dtype; `visible` [1 or M, t, n]."""
+    logits = torch.bmm(queries, keys.to(queries.dtype).transpose(1, 2))
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
     if visible is not None:
@@ -63,4 +65,4 @@ def _softmax_attention(
     weights = torch.softmax(logits, -1, out=logits)
     if visible is not None:
         weights.masked_fill_(lse.isneginf().unsqueeze(-1), 0)
-    return torch.bmm(weights, values.float()), lse
+    return torch.bmm(weights, values.to(queries.dtype)), lse

@@ -2,9 +2,9 @@
 
 from itertools import pairwise
 
-from torch import Tensor, bfloat16, bool, float16, float32, int64
+from torch import Tensor, bfloat16, bool, dtype, float16, float32, float64, int64, promote_types
 
-FLOATS = (float32, bfloat16, float16)
+FLOATS = (float32, bfloat16, float16, float64)
 
 
 class Dims(dict[str, int]):
@@ -40,12 +40,17 @@ def floats(**tensors: Tensor) -> None:
     """Requires one floating dtype that attention is stored in, and one device."""
     (first_name, first), *others = tensors.items()
     if first.dtype not in FLOATS:
-        raise TypeError(f"{first_name} must be float32, bfloat16 or float16, got {first.dtype}")
+        raise TypeError(f"{first_name} must be float32, bfloat16, float16 or float64, got {first.dtype}")
     for name, tensor in others:
         if tensor.dtype != first.dtype:
             raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {tensor.dtype}")
         if tensor.device != first.device:
             raise ValueError(f"{name} must be on the device of {first_name}, {first.device}, got {tensor.device}")
+
+
+def wide(stored: dtype) -> dtype:
+    """What attention over values stored as `stored` is computed in: float32, or float64 for float64."""
+    return promote_types(stored, float32)
 
 
 def positive_softcap(softcap: float | None) -> None:

@@ -87,10 +87,20 @@ def fold_queries(queries: Tensor, heads: int, scaling: float, softcap: float | N
     return (queries.float() * scale).reshape(batch, heads, query_heads // heads, rows, size)
 
 
-def attention_weights(queries: Tensor, keys: Tensor, view: View, softcap: float | None) -> Tensor:
-    """Softmax [G, R, stop], float32, of folded queries [G, R, D] over keys [N, D] in view (blind rows: anything)."""
+def logit_space(queries: Tensor, entries: int, block: int) -> Tensor:
+    """Memory for one KV head's logits of a block of rows; fresh pages for every head would cost a third of the time."""
+    _, _, group, rows, _ = queries.shape
+    return queries.new_empty(group * min(rows, block) * entries)
+
+
+def attention_weights(queries: Tensor, keys: Tensor, view: View, softcap: float | None, space: Tensor) -> Tensor:
+    """Softmax [G, R, stop], float32, of folded queries [G, R, D] over keys [N, D] in view (blind rows: anything).
+
+    The result lies in `space` and holds until the next call.
+    """
     group, rows, _ = queries.shape
-    logits = torch.mm(queries.flatten(0, 1), keys[: view.stop].float().t())
+    logits = space[: group * rows * view.stop].view(group * rows, view.stop)
+    torch.mm(queries.flatten(0, 1), keys[: view.stop].float().t(), out=logits)
     if softcap is not None:
         logits.tanh_().mul_(softcap)
     logits = logits.view(group, rows, view.stop)

@@ -207,3 +207,12 @@ def test_settings_are_values():
     assert SparseMM([[1, 2]]) == SparseMM(((1.0, 2.0),)) == SparseMM(torch.tensor([[1, 2]]))
     assert len({SparseMM([[1, 2]]), SparseMM([[1, 2]], 0.2), HeadKV([[1, 2]]), HeadKV([[1, 2]])}) == 3
     assert SparseMM.counts == HeadKV.counts == "static"
+
+
+def test_float_noise_does_not_settle_ties():
+    """Due are 29.6 and 225.6 tokens (of 166.8, 10, 29.6, 225.6): the earlier of the two equal remainders wins."""
+    assert plan(SparseMM([[8, 0, 1, 11]]), [(500, 108)], 1, 4) == [[[167, 10, 30, 225]]]
+
+
+def test_a_negative_count_of_tokens_is_none():
+    assert plan(SparseMM([[1, 2]]), [(9, -3), (-3, 9)], 1, 2) == [[[0, 0]]] * 2

@@ -26,7 +26,7 @@ def column_sums(
     memory at a time.
 
     Args:
-        queries: [B, Hq, n, D], post-RoPE; float32, bfloat16 or float16.
+        queries: [B, Hq, n, D], post-RoPE; float32, bfloat16, float16 or float64.
         keys: [B, H, N, D], post-RoPE, same dtype.
         scaling: factor of the logits.
         valid: bool [B, 1 or H, N], the real entries; None: all.

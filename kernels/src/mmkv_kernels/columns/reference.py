@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._rows import Visibility, attention_weights, fold_queries, head_range
+from .._rows import Visibility, attention_weights, fold_queries, head_range, logit_space
 
 
 def column_sums_reference(
@@ -25,10 +25,11 @@ def column_sums_reference(
     if not entries:
         return sums, counts
     folded = fold_queries(queries, heads, scaling, softcap)
+    space = logit_space(folded, entries, block)
     for b, part, rows, view in visibility.views(batch, block):
         counts[b, part, : view.stop] += view.counts()
         shares = (view.seen / folded.shape[2]).repeat(folded.shape[2])
         for h in head_range(part, visibility.heads, heads):
-            weights = attention_weights(folded[b, h, :, rows], keys[b, h], view, softcap)
+            weights = attention_weights(folded[b, h, :, rows], keys[b, h], view, softcap, space)
             sums[b, h, : view.stop] += shares @ weights.flatten(0, 1)
     return sums, counts

@@ -24,7 +24,7 @@ def dense_attention(
     """Attention of query heads over the keys of their KV head, keys never expanded to query heads.
 
     Args:
-        queries: [B, Hq, t, D]; float32, bfloat16 or float16.
+        queries: [B, Hq, t, D]; float32, bfloat16, float16 or float64.
         keys: [B, H, n, D], same dtype; n may be 0.
         values: [B, H, n, Dv], same dtype.
         scaling: factor of the logits.
@@ -33,7 +33,8 @@ def dense_attention(
         causal: without a mask, the queries are the last t entries and see none after themselves.
 
     Returns:
-        `out` [B, Hq, t, Dv] in the queries' dtype and `lse` float32 [B, Hq, t]; 0 and -inf where a query sees nothing.
+        `out` [B, Hq, t, Dv] in the queries' dtype and `lse` float32 (float64 for float64) [B, Hq, t]; 0 and
+        -inf where a query sees nothing.
 
     Raises:
         TypeError: mixed or unsupported dtypes, mask not bool.

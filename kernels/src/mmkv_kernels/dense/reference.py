@@ -26,7 +26,7 @@ def dense_attention_reference(
     folded = queries.reshape(batch, heads, query_heads // heads * rows, size)
     out, lse = attend(folded, keys, values, scaling, softcap, mask)
     out = out.reshape(batch, query_heads, rows, values.shape[-1])
-    return AttentionOutput(out.to(queries.dtype), lse.reshape(batch, query_heads, rows))
+    return AttentionOutput(out.to(queries.dtype).contiguous(), lse.reshape(batch, query_heads, rows).contiguous())
 
 
 def causal_mask(rows: int, entries: int, device: torch.device) -> Tensor:

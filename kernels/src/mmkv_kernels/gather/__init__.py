@@ -21,7 +21,7 @@ def gather_kv(
     """The entries `columns` names, row-major by (batch row, KV head), in the order given (repeats allowed).
 
     Args:
-        keys: [B, H, N, D] dense; float32, bfloat16 or float16.
+        keys: [B, H, N, D] dense; float32, bfloat16, float16 or float64.
         values: [B, H, N, Dv], same dtype.
         columns: int64 [T], for each segment of `cu_seqlens` indices of entries of its head.
         cu_seqlens: int64 [B * H + 1], from 0 to T.

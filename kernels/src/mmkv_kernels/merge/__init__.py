@@ -3,6 +3,7 @@
 import torch
 
 from .. import _checks
+from .._checks import wide
 from .reference import AttentionOutput, merge_attention_reference
 
 __all__ = ["AttentionOutput", "merge_attention"]
@@ -13,7 +14,8 @@ def merge_attention(a: AttentionOutput, b: AttentionOutput) -> AttentionOutput:
     """Attention over the union of what `a` and `b` attended to, from their log-sum-exps.
 
     Args:
-        a: `out` [B, Hq, t, Dv] and `lse` float32 [B, Hq, t]; -inf (with `out` 0) where a query sees nothing.
+        a: `out` [B, Hq, t, Dv] and `lse` [B, Hq, t], float64 beside a float64 `out`, else float32; -inf (with `out` 0)
+            where a query sees nothing.
         b: the same queries over other entries.
 
     Returns:
@@ -27,7 +29,7 @@ def merge_attention(a: AttentionOutput, b: AttentionOutput) -> AttentionOutput:
     for name, part in (("a", a), ("b", b)):
         dims.bind(f"{name}.out", part.out, "B Hq t Dv")
         dims.bind(f"{name}.lse", part.lse, "B Hq t")
-        if part.lse.dtype != torch.float32:
-            raise TypeError(f"{name}.lse must be float32, got {part.lse.dtype}")
+        if part.lse.dtype != wide(part.out.dtype):
+            raise TypeError(f"{name}.lse must be {wide(part.out.dtype)}, got {part.lse.dtype}")
     _checks.floats(**{"a.out": a.out, "b.out": b.out})
     return merge_attention_reference(a, b)

@@ -28,7 +28,7 @@ def ragged_attention(
     """Attention of query heads over their KV head's part of a ragged prefix and a dense tail after it.
 
     Args:
-        queries: [B, Hq, t, D], t >= 1; float32, bfloat16 or float16.
+        queries: [B, Hq, t, D], t >= 1; float32, bfloat16, float16 or float64.
         prefix_keys: [P, D], the heads' entries row-major by (batch row, KV head), same dtype.
         prefix_values: [P, Dv], same dtype.
         cu_seqlens: int64 [B * H + 1], offsets of the heads, from 0 to P; a head may be empty.
@@ -42,7 +42,8 @@ def ragged_attention(
         causal: without a tail mask, the queries are the last t tail entries and see none after themselves.
 
     Returns:
-        `out` [B, Hq, t, Dv] in the queries' dtype and `lse` float32 [B, Hq, t]; 0 and -inf where a query sees nothing.
+        `out` [B, Hq, t, Dv] in the queries' dtype and `lse` float32 (float64 for float64) [B, Hq, t]; 0 and
+        -inf where a query sees nothing.
 
     Raises:
         TypeError: mixed or unsupported dtypes, masks not bool, offsets not int64.

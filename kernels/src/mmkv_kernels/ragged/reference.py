@@ -42,12 +42,15 @@ def ragged_attention_reference(
             mask = causal_mask(rows, entries, queries.device).expand(batch, -1, -1, -1)
         result = merge_attention_reference(result, attend(folded, tail.keys, tail.values, scaling, softcap, mask))
     out = result.out.reshape(batch, query_heads, rows, tail.values.shape[-1])
-    return AttentionOutput(out.to(queries.dtype), result.lse.reshape(batch, query_heads, rows))
+    lse = result.lse.reshape(batch, query_heads, rows)
+    return AttentionOutput(out.to(queries.dtype).contiguous(), lse.contiguous())
 
 
 def _prefix_attention(queries: Tensor, prefix: Prefix, scaling: float, softcap: float | None) -> AttentionOutput:
     """Attention of folded queries [B, H, R, D] over the prefix; the result leads with [B, H, R]."""
     batch, heads, rows, size = queries.shape
+    if min(prefix.lengths, default=0) == max(prefix.lengths, default=0):
+        return _even_prefix_attention(queries, prefix, scaling, softcap)
     # split_with_sizes is split without its Python wrapper, which costs as much as two heads' attention.
     keys = prefix.keys[None, None].split_with_sizes(prefix.lengths, 2)
     values = prefix.values[None, None].split_with_sizes(prefix.lengths, 2)
@@ -58,3 +61,15 @@ def _prefix_attention(queries: Tensor, prefix: Prefix, scaling: float, softcap: 
     ]
     out = torch.cat([out for out, _ in parts]).view(batch, heads, rows, -1)
     return AttentionOutput(out, torch.cat([lse for _, lse in parts]).view(batch, heads, rows))
+
+
+def _even_prefix_attention(queries: Tensor, prefix: Prefix, scaling: float, softcap: float | None) -> AttentionOutput:
+    """As `_prefix_attention` where all heads hold equally many: a dense view of the prefix, all heads at once."""
+    batch, heads = queries.shape[:2]
+    held = prefix.lengths[0] if prefix.lengths else 0
+    keys = prefix.keys.view(batch, heads, held, prefix.keys.shape[1])
+    values = prefix.values.view(batch, heads, held, prefix.values.shape[1])
+    mask = prefix.mask
+    if mask is not None:
+        mask = mask.view(mask.shape[0], batch, heads, held).permute(1, 2, 0, 3)
+    return attend(queries, keys, values, scaling, softcap, mask)

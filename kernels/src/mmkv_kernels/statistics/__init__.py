@@ -19,7 +19,7 @@ def key_statistics(keys: Tensor, values: Tensor, *, valid: Tensor | None = None)
     included, and get 0.
 
     Args:
-        keys: [B, H, N, D]; float32, bfloat16 or float16.
+        keys: [B, H, N, D]; float32, bfloat16, float16 or float64.
         values: [B, H, N, Dv], same dtype.
         valid: bool [B, 1 or H, N], the real entries; None: all.
 

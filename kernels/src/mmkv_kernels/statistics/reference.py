@@ -19,10 +19,13 @@ class KeyStatistics(NamedTuple):
 def key_statistics_reference(keys: Tensor, values: Tensor, valid: Tensor | None) -> KeyStatistics:
     """See `key_statistics`; arguments are taken as checked."""
     batch, heads, entries, _ = keys.shape
-    key_norms, value_norms = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) for x in (keys, values))
+    if keys.dtype == torch.float64:  # vector_norm does not narrow
+        keys, values = keys.float(), values.float()
+    norms = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) for x in (keys, values))
+    key_norms, value_norms = (x.contiguous() for x in norms)  # they come in the order of the cache's strides
     if valid is not None:
-        for norms in (key_norms, value_norms):
-            norms.masked_fill_(~valid, 0)
+        key_norms.masked_fill_(~valid, 0)
+        value_norms.masked_fill_(~valid, 0)
     held = torch.full((batch, 1), entries, device=keys.device) if valid is None else valid.sum(-1)
     counts = held.expand(batch, heads)
     cosines, mean_norm = torch.empty_like(key_norms), key_norms.new_empty(batch, heads)

@@ -28,7 +28,7 @@ def window_attention(
     something. Entries that are not valid may hold anything, NaN included, and get 0.
 
     Args:
-        queries: [B, Hq, W, D], post-RoPE; float32, bfloat16 or float16. W may be 0 (all scores 0).
+        queries: [B, Hq, W, D], post-RoPE; float32, bfloat16, float16 or float64. W may be 0 (all scores 0).
         keys: [B, H, N, D], post-RoPE, same dtype. N may be 0.
         scaling: factor of the logits.
         valid: bool [B, 1 or H, N], the real entries; None: all.

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .._rows import Visibility, attention_weights, fold_queries, head_range
+from .._rows import Visibility, attention_weights, fold_queries, head_range, logit_space
 
 
 class WindowAttention(NamedTuple):
@@ -33,11 +33,13 @@ def window_attention_reference(
     if not rows or not entries:
         return result
     folded = fold_queries(queries, heads, scaling, softcap)
+    space = logit_space(folded, entries, rows)
     visibility = Visibility(valid, mask, rows, entries, keys.device)
     for b, part, _, view in visibility.views(batch, rows):
-        shares = row_shares(view.seen)
+        shares = row_shares(view.seen).expand(folded.shape[2], -1, -1)
         for h in head_range(part, visibility.heads, heads):
-            received = torch.matmul(shares, attention_weights(folded[b, h], keys[b, h], view, softcap))  # [G, 2, N]
+            weights = attention_weights(folded[b, h], keys[b, h], view, softcap, space)
+            received = torch.bmm(shares, weights)  # [G, 2, N]
             joined = received.mean(0) if group == "mean" else received.amax(0)
             result.mean[b, h], result.last[b, h] = joined.unbind(0)
     return result
