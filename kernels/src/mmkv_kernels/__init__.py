@@ -8,6 +8,7 @@ values as stored. No operator records gradients.
 from .columns import column_sums
 from .dense import dense_attention
 from .gather import Gathered, gather_kv
+from .kth import kth_largest
 from .merge import AttentionOutput, merge_attention
 from .ragged import ragged_attention
 from .statistics import KeyStatistics, key_statistics
@@ -22,6 +23,7 @@ __all__ = [
     "dense_attention",
     "gather_kv",
     "key_statistics",
+    "kth_largest",
     "merge_attention",
     "ragged_attention",
     "window_attention",

@@ -41,8 +41,8 @@ class Pipeline:
                 raise TypeError(f"Pipeline({name}=...) does not take a {type(getattr(self, name)).__name__}")
         if isinstance(self.heads, TableRule) and not isinstance(self.layers, Uniform):
             raise ValueError(
-                f"{type(self.heads).__name__} plans all layers from its table; {type(self.layers).__name__} would be lost. "
-                "Use one of them"
+                f"{type(self.heads).__name__} plans all layers from its table; {type(self.layers).__name__} would be "
+                "lost. Use one of them"
             )
 
     @classmethod
@@ -59,7 +59,11 @@ class Pipeline:
         return cls(**text.parse(source))
 
     def __str__(self) -> str:
-        """The canonical text form; `Pipeline.parse(str(pipeline)) == pipeline` for registered parts."""
+        """The canonical text form; `Pipeline.parse(str(pipeline)) == pipeline` for registered parts.
+
+        A table of head scores is shown as the path it was loaded from; one made in code as its numbers, without the
+        names of its model and kind.
+        """
         return text.render(self.score, self.layers, self.heads, self.select)
 
     @property

@@ -7,6 +7,8 @@ import dataclasses
 import re
 from typing import Any
 
+from mmkv_budget import HeadScores
+
 from .registry import Method, find, named
 
 _PART = re.compile(r"\s*(\w+)\s*(?:\((.*)\))?\s*", re.DOTALL)
@@ -42,16 +44,16 @@ def render(score: object, layers: object, heads: object, select: object) -> str:
     scores = _unwrap(score)
     parts = [layers, heads, *scores, select]
     shown = [_show(part) for part in parts]
-    kept = [text for part, text in zip(parts, shown, strict=True) if text not in ("uniform", "equal", "snapkv", "select")]
-    return "+".join(kept) or "snapkv"
+    return "+".join(text for text in shown if text not in ("uniform", "equal", "snapkv", "select")) or "snapkv"
 
 
 def split(source: str, separator: str) -> list[str]:
     """`source` cut at `separator` outside brackets and quotes."""
-    pieces, depth, quote, start = [], 0, "", 0
+    pieces, depth, quote, start, escaped = [], 0, "", 0, False
     for i, char in enumerate(source):
         if quote:
-            quote = "" if char == quote else quote
+            quote = "" if char == quote and not escaped else quote
+            escaped = char == "\\" and not escaped
         elif char in "'\"":
             quote = char
         elif char in "([{":
@@ -75,6 +77,8 @@ def _read(part: str) -> tuple[Method, list[Any], dict[str, Any]]:
     for item in split(match[2], ",") if match[2] and match[2].strip() else []:
         key, equals, value = item.partition("=")
         if equals and key.strip().isidentifier():
+            if key.strip() in settings:
+                raise ValueError(f"{part.strip()!r} gives {key.strip()} twice")
             settings[key.strip()] = _value(value)
         else:
             args.append(_value(item))
@@ -118,7 +122,17 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _literal(value: Any) -> str:
-    text = str(value) if isinstance(value, str) or not isinstance(value, tuple | list | int | float | bool) else repr(value)
-    text = text if not isinstance(value, tuple | list) else text.replace(" ", "")
-    plain = not isinstance(value, str) or (_value(text) == text and not re.search(r"[,()\[\]+|'\"=]", text))
-    return text if plain else repr(value)
+    """What `_value` reads back; a table of head scores is its path, or its numbers if it has none."""
+    if isinstance(value, HeadScores):
+        value = value.source or [list(layer) for layer in value.scores]
+    if isinstance(value, str) and _value(value) == value and not re.search(r"[,()\[\]{}+|'\"=]", value):
+        return value
+    return _nested(value)
+
+
+def _nested(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_nested, value))}]"
+    if isinstance(value, tuple):
+        return f"({','.join(map(_nested, value))}{',' * (len(value) == 1)})"
+    return repr(value) if isinstance(value, str) else str(value)

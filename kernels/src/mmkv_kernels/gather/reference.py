@@ -57,11 +57,17 @@ class _Places(NamedTuple):
 
 
 def _dense(tensor: Tensor, owners: Tensor, columns: Tensor) -> Tensor:
-    """Rows (owner, column) of [B, H, N, D], without a copy of the whole where it cannot be viewed as [B * H * N, D]."""
-    heads, entries = tensor.shape[1:3]
-    if tensor.is_contiguous():
-        return tensor.view(-1, tensor.shape[-1]).index_select(0, owners * entries + columns)
-    return tensor[owners // heads, owners % heads, columns]
+    """Rows (owner, column) of [B, H, N, D], also of a view such as [B, N, H, D] transposed, without a copy of the whole.
+
+    Rows are numbered by where they lie in memory: index_select is several times faster than an index per dimension.
+    """
+    heads, size = tensor.shape[1], tensor.shape[-1]
+    if tensor.stride(-1) != 1 or not tensor.numel() or any(stride % size for stride in tensor.stride()[:-1]):
+        return tensor[owners // heads, owners % heads, columns]
+    row, head, entry = (stride // size for stride in tensor.stride()[:-1])
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, (row, head, entry), strict=False))
+    rows = tensor.as_strided((last + 1, size), (size, 1))
+    return rows.index_select(0, owners // heads * row + owners % heads * head + columns * entry)
 
 
 def _require_range(columns: Tensor, limits: Tensor) -> None:

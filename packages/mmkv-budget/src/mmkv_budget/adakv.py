@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from mmkv_kernels import kth_largest
 from torch import Tensor
 
 from ._apportion import floor_times
@@ -135,10 +136,9 @@ def _won(scores: Tensor, total: Tensor) -> Tensor:
 
     The cut's value is enough: what lies above it is in, and ties at it are filled head by head.
     """
-    best = scores.flatten(1).topk(int(total.max()), dim=-1).values
-    if best.shape[-1] == 0:
+    if scores.shape[-1] == 0:
         return torch.zeros(scores.shape[:2], dtype=torch.int64, device=scores.device)
-    cut = best.gather(-1, (total - 1).clamp(min=0).unsqueeze(-1)).unsqueeze(-1)
+    cut = kth_largest(scores.flatten(1).unsqueeze(1), total.clamp(min=1).unsqueeze(1))
     above = torch.count_nonzero(scores > cut, dim=-1)
     tied = torch.count_nonzero(scores == cut, dim=-1)
     left = (total - above.sum(-1)).unsqueeze(-1) - (tied.cumsum(-1) - tied)

@@ -17,7 +17,9 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_min_max(x: Tensor, mask: Tensor) -> Tensor:
-    """x [B, H, N] rescaled to [0, 1] over mask [B, H or 1, N]; 0 elsewhere, and everywhere when all values are equal."""
+    """Rescales x [B, H, N] to [0, 1] over mask [B, H or 1, N]; 0 elsewhere, and everywhere if all values are equal."""
+    if x.shape[-1] == 0:
+        return x
     low = x.masked_fill(~mask, torch.inf).amin(-1, keepdim=True)
     high = x.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
     scaled = (x - low) / ((high - low) + EPS)
@@ -46,5 +48,5 @@ def neighbourhood_mean(x: Tensor, mask: Tensor, radius: int) -> Tensor:
 
 def check_kernel(kernel: int, name: str) -> None:
     """Raises ValueError unless `kernel` is odd and positive: an even one has no centre and shifts the scores."""
-    if kernel < 1 or kernel % 2 == 0:
+    if not isinstance(kernel, int) or kernel < 1 or kernel % 2 == 0:
         raise ValueError(f"{name}: the kernel must be odd and positive, got {kernel}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
+from mmkv_kernels import kth_largest
 from torch import Tensor
 
 from ._masked import EPS, check_kernel, masked_mean, neighbourhood_mean, pool
@@ -35,7 +36,8 @@ class BACON:
         rel: the release's alternative mode: L is damped where B is not locally supported, T = max(mean - std, 0) over
             the previous layers, no gate.
 
-    The paper gives gamma no value; 0.5 is the release's. Trace layers count the layers that are compressed.
+    The paper gives gamma no value; 0.5 is the release's. Trace layers count the layers that are compressed; a layer
+    that can keep all of a row leaves nothing for later ones. With a window of one query Q is B, and B is returned.
 
     Attributes:
         base: a scorer with `evidence` (SnapKV, LastQuery); anything else has no B and Q to calibrate.
@@ -46,6 +48,7 @@ class BACON:
         depth: layers looked back, m; 4.
         gamma: 0.5.
         rho: the deviations are taken over the top rho * capacity; 2.
+        gate: whether lambda is scaled by the content-presence gate; None: as the preset has it.
     """
 
     base: WindowScorer = field(default_factory=SnapKV)
@@ -55,6 +58,7 @@ class BACON:
     depth: int = 4
     gamma: float = 0.5
     rho: float = 2.0
+    gate: bool | None = None
 
     is_attention: ClassVar[bool] = True
 
@@ -74,6 +78,11 @@ class BACON:
             raise ValueError(f"BACON: reach, depth and gamma cannot be negative and rho must be positive, got {self}")
 
     @property
+    def is_gated(self) -> bool:
+        """`gate`, or what the preset says: the release gates when all three terms are on."""
+        return self.preset == "release" and len(self.terms) == 3 if self.gate is None else self.gate
+
+    @property
     def window(self) -> int:
         """Query rows of the base."""
         return self.base.window
@@ -88,7 +97,7 @@ class BACON:
         evidence = self.base.evidence(seen)
         residual = (evidence.last - evidence.window).clamp(min=0)
         mean, std = trace.recall(self, seen.layer, seen.slots, self.depth, residual)
-        trace.push(self, seen.layer, seen.slots, residual, self.depth)
+        trace.push(self, seen.layer, _compressed(seen, capacity), residual, self.depth)
         past = (mean - std).clamp(min=0) if self.preset == "rel" else mean
         calibrated = calibrate(self, evidence, past, seen.candidates, capacity)
         return Scores(rank=calibrated.score, backbone=evidence.window)
@@ -115,9 +124,16 @@ def calibrate(settings: BACON, evidence: Evidence, past: Tensor, candidates: Ten
     residual = (evidence.last - evidence.window).clamp(min=0)
     local = _local(settings, residual, evidence.window, candidates)
     added = {"e": residual, "l": local, "t": past * candidates}
-    support = torch.stack([added[name] for name in settings.terms]).sum(0) if len(settings.terms) > 1 else added[settings.terms]
+    support = torch.stack([added[name] for name in settings.terms]).sum(0)
     factor = _factor(settings, evidence.window, support, candidates, capacity)
     return Calibration(evidence.window + factor * support, factor, local)
+
+
+def _compressed(seen: Observation, capacity: Tensor) -> Tensor:
+    """The slots of the rows that lose something in this layer, -1 for the others: alone, those would not be scored."""
+    batch, heads = seen.keys.shape[:2]
+    existing = seen.candidates.sum(-1).expand(batch, heads).sum(1)
+    return seen.slots.masked_fill((capacity * heads >= existing)[:, None, None], -1)
 
 
 def _local(settings: BACON, residual: Tensor, window: Tensor, candidates: Tensor) -> Tensor:
@@ -134,26 +150,34 @@ def _factor(settings: BACON, window: Tensor, support: Tensor, candidates: Tensor
     """lambda, [B, H, 1] (eqs. 12-15; release: own top M and the gate)."""
     existing = candidates.sum(-1).expand(window.shape[:2])
     size = (settings.rho * capacity).long()[:, None].minimum(existing).clamp(min=1)
-    reach = int(size.max())
-    top_window, where = _top(window, candidates, reach)
-    own, _ = _top(support, candidates, reach)
-    region = torch.arange(own.shape[-1], device=own.device) < size[..., None]
-    deviation = _std(own, region)
+    window_mean, window_std = _top_moments(window, candidates, size)
+    own_mean, deviation = _top_moments(support, candidates, size)
     if settings.preset == "paper":
-        at_window = support.gather(-1, where)
-        literal = _std(at_window, region)
-        deviation = torch.where(literal > _DEGENERATE * masked_mean(own, region), literal, deviation)
-    factor = settings.gamma * _std(top_window, region) / (deviation + EPS)
-    if settings.preset == "release" and set(settings.terms) == set("elt"):
-        factor = factor * (masked_mean(own, region) / (masked_mean(top_window, region) + EPS)).clamp(0, 1)
+        order = window.masked_fill(~candidates, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+        at_window = support.gather(-1, order[..., : int(size.max())])  # stable: ties in B go to the lower slot
+        literal = _std(at_window, torch.arange(at_window.shape[-1], device=size.device) < size[..., None])
+        deviation = torch.where(literal > _DEGENERATE * own_mean, literal, deviation)
+    factor = settings.gamma * window_std / (deviation + EPS)
+    if settings.is_gated:
+        factor = factor * (own_mean / (window_mean + EPS)).clamp(0, 1)
     return factor
 
 
-def _top(x: Tensor, candidates: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The `size` largest candidates of each head, in descending order, zeros where there are fewer; and their places."""
-    size = min(size, x.shape[-1])
-    values, where = x.masked_fill(~candidates, -torch.inf).topk(size, dim=-1)
-    return torch.where(values > -torch.inf, values, 0.0), where
+def _top_moments(x: Tensor, candidates: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population standard deviation [B, H, 1] of the `size` [B, H] largest candidates of each head.
+
+    The order does not matter, so the value of the smallest one is enough: selecting it is far cheaper than sorting.
+    """
+    if x.shape[-1] == 0:
+        return x.new_zeros(*size.shape, 1), x.new_zeros(*size.shape, 1)
+    masked = x.masked_fill(~candidates, -torch.inf)
+    cut = kth_largest(masked, size)
+    cut = torch.where(cut > -torch.inf, cut, 0.0)
+    above = masked > cut
+    tied = size[..., None] - above.sum(-1, keepdim=True)
+    mean = ((x * above).sum(-1, keepdim=True) + tied * cut) / size[..., None]
+    squares = ((x - mean).square() * above).sum(-1, keepdim=True) + tied * (cut - mean).square()
+    return mean, (squares / size[..., None]).sqrt()
 
 
 def _std(x: Tensor, region: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ class LastQuery:
     """Scores an entry by the attention of the last prompt token.
 
     TOVA (arXiv 2401.06104) at the end of prefill: the weights are averaged over all heads of the layer, so that every
-    head keeps the same entries.
+    head keeps the same entries. Heads that hold different entries (a second turn) are averaged slot by slot.
 
     Attributes:
         kernel: average-pooling kernel, odd; 1 is no pooling, as published.
@@ -39,7 +39,7 @@ class LastQuery:
         """The last row, twice: a window of one is its own mean."""
         last = window_evidence(seen, 1).last
         if self.across_heads:
-            last = last.mean(1, keepdim=True).expand_as(last)
+            last = _mean_over_heads(last, seen.slots)
         last = pool(last, seen.candidates, self.kernel)
         return Evidence(window=last, last=last)
 
@@ -47,3 +47,14 @@ class LastQuery:
         """Scores of one layer; `capacity` and `trace` are not used."""
         score = self.evidence(seen).last
         return Scores(rank=score, backbone=score)
+
+
+def _mean_over_heads(score: Tensor, slots: Tensor) -> Tensor:
+    """Mean [B, H, N] over the heads that hold each entry's slot; after an eviction heads hold different ones."""
+    if slots.shape[1] == 1 or not slots.numel():
+        return score.mean(1, keepdim=True).expand_as(score)
+    table = score.new_zeros(*score.shape[:2], int(slots.amax()) + 2)
+    index = slots + 1  # column 0 takes the entries that are not valid
+    held = table.scatter(2, index, 1.0).sum(1, keepdim=True)
+    total = table.scatter(2, index, score).sum(1, keepdim=True)
+    return (total / held.clamp_(min=1)).expand_as(table).gather(2, index)

@@ -23,11 +23,12 @@ class MixKV:
     """Ranks by r * diversity + (1 - r) * (attention + value norm), r being the head's mean pairwise key cosine.
 
     MixKV (arXiv 2510.20707). Per KV head, over the candidates: the value norms and minus the cosine to the mean key are
-    rescaled to [0, 1], then to the mean of the attention score; the mean key and r run over all real entries, the window
-    included. r has the closed form (N |mean normalised key|^2 - 1) / (N - 1). Only the order within a head changes.
+    rescaled to [0, 1], then to the mean of the attention score; the mean key and r run over all real entries, the
+    window included. r has the closed form (N |mean normalised key|^2 - 1) / (N - 1). Only the order within a head
+    changes.
 
-    `MixKV(BACON(...))` is our own composition, no paper has it: BACON's S takes the place of the attention term, and the
-    backbone stays the raw window score.
+    `MixKV(BACON(...))` is our own composition, no paper has it: BACON's S takes the place of the attention term, and
+    the backbone stays the raw window score.
 
     Deviations: a head whose values all have the same norm gets 0 there, where the release divides 0 by 0; float32
     throughout, where the release computes cosines in the model's dtype.
@@ -36,8 +37,8 @@ class MixKV:
         base: the attention score that is mixed (SnapKV by default).
         redundancy: where r comes from. "online": from this prompt's keys (the published method, and the release for GUI
             grounding). A number: the same r for all heads; 0 is the release's "vnorm" variant, 1 its "keydiff", and 0.5
-            ranks as its equal-parts "mixkv". A table [layers][KV heads]: the release's main configuration reads one made
-            for Qwen2-VL-7B; a layer or head outside the table raises (the release takes r = 0 there).
+            ranks as its equal-parts "mixkv". A table [layers][KV heads]: the release's main configuration reads one
+            made for Qwen2-VL-7B; a layer or head outside the table raises (the release takes r = 0 there).
     """
 
     base: AttentionScorer = field(default_factory=SnapKV)
@@ -45,7 +46,8 @@ class MixKV:
 
     def __post_init__(self) -> None:
         if not getattr(self.base, "is_attention", False):
-            raise ValueError(f"MixKV mixes attention with diversity; {type(self.base).__name__} is not an attention score")
+            name = type(self.base).__name__
+            raise ValueError(f"MixKV mixes attention with diversity; {name} is not an attention score")
         if isinstance(self.redundancy, str) and self.redundancy != "online":
             raise ValueError(f"MixKV: redundancy is 'online', a number in [0, 1] or a table, got {self.redundancy!r}")
         if not isinstance(self.redundancy, str):

@@ -38,7 +38,8 @@ class Random:
 def hashed_uniform(seed: int, layer: int, head: Tensor, slot: Tensor) -> Tensor:
     """float32 in [0, 1) from integers, by multiply-xorshift rounds on 31 bits (no device has an opinion on those)."""
     state = torch.zeros_like(slot)
-    for part, step in zip((seed, layer, head, slot), _STEPS, strict=True):
+    parts: tuple[int | Tensor, ...] = (seed, layer, head, slot)
+    for part, step in zip(parts, _STEPS, strict=True):
         state = ((state ^ (part + 1)) * step) & 0x7FFFFFFF
         state = ((state ^ (state >> 15)) * 0x2C1B3C6D) & 0x7FFFFFFF
         state = ((state ^ (state >> 12)) * 0x297A2D39) & 0x7FFFFFFF

@@ -39,8 +39,8 @@ class SnapKV:
     is_attention: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"SnapKV: the window must have at least one query, got {self.window}")
+        if not isinstance(self.window, int) or self.window < 1:
+            raise ValueError(f"SnapKV: the window must be at least one query (an int), got {self.window}")
         if self.pooling not in ("avg", "max") or self.group not in ("mean", "max"):
             raise ValueError(f"SnapKV: pooling is 'avg' or 'max' and group 'mean' or 'max', got {self}")
         check_kernel(self.kernel, "SnapKV")
@@ -52,7 +52,8 @@ class SnapKV:
 
     def __call__(self, seen: Observation, capacity: Tensor, trace: Trace) -> Scores:
         """Scores of one layer; `capacity` and `trace` are not used."""
-        score = self.evidence(seen).window
+        raw = window_evidence(seen, self.window, self.group).window
+        score = pool(raw, seen.candidates, self.kernel, self.pooling)
         return Scores(rank=score, backbone=score)
 
 

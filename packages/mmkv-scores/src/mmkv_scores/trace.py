@@ -26,7 +26,7 @@ class Trace:
     _entries: dict[Hashable, list[_Entry]] = field(default_factory=dict)
 
     def push(self, place: Hashable, layer: int, slots: Tensor, value: Tensor, depth: int) -> None:
-        """Remembers `value` [B, H, N] float32 at `slots` [B, H or 1, N], forgetting layers before `layer` - `depth` + 1."""
+        """Remembers `value` [B, H, N] float32 at `slots` [B, H or 1, N] (-1: nothing there), and the `depth` latest."""
         kept = [entry for entry in self._entries.get(place, []) if entry.layer > layer - depth]
         self._entries[place] = [*kept, _Entry(layer, slots, value)] if depth > 0 else []
 
@@ -37,15 +37,15 @@ class Trace:
         out. Both are [B, H, N] like `like`, zeros where nothing is known.
         """
         found = [e for e in self._entries.get(place, []) if layer - depth <= e.layer < layer]
-        found = [e for e in found if e.value.shape[:2] == like.shape[:2]]
-        total, squares, count = torch.zeros_like(like), torch.zeros_like(like), torch.zeros_like(like)
-        for entry in found:
-            value, present = _join(entry, slots, like)
-            total += value
-            squares += value.square()
+        joined = [_join(e, slots, like) for e in found if e.value.shape[:2] == like.shape[:2]]
+        mean, variance, count = torch.zeros_like(like), torch.zeros_like(like), torch.zeros_like(like)
+        for value, present in joined:
+            mean += value
             count += present
-        mean = total / count.clamp_(min=1)
-        return mean, (squares / count - mean.square()).clamp_(min=0).sqrt_()
+        mean /= count.clamp_(min=1)
+        for value, present in joined:  # a second pass: mean of squares minus square of mean cancels in float32
+            variance += ((value - mean) * present).square_()
+        return mean, (variance / count).sqrt_()
 
     def clear(self) -> None:
         """Frees everything."""

@@ -14,9 +14,9 @@ from .trace import Trace
 class Observation:
     """One attention layer at the moment a decision is due; keys and queries after RoPE and after q/k-norm.
 
-    B batch rows, Hq query heads, H KV heads, W query rows looked at, N cached entries, D head dim. `valid`, `candidates`
-    and `slots` may have 1 in place of H where all heads agree. Entries are ordered by slot within a row, the real ones
-    next to each other; padding may stand on either side.
+    B batch rows, Hq query heads, H KV heads, W query rows looked at, N cached entries, D head dim. `valid`,
+    `candidates` and `slots` may have 1 in place of H where all heads agree. Entries are ordered by slot within a row,
+    the real ones next to each other; padding may stand on either side.
 
     Attributes:
         queries: [B, Hq, W, D] the last W real query rows of each row, rolled over chunk borders; W >= the scorer's

@@ -45,7 +45,7 @@ class RaggedKV:
         return RaggedKV(self.keys[take], self.values[take], self.slots[take], cu_seqlens, shape)
 
     def gather_mask(self, mask: Tensor) -> Tensor:
-        """mask [B or 1, 1, t, S] bool over logical columns, as [t, T]: what each query sees of each entry."""
+        """[t, T] bool, what each query sees of each entry, from a mask [B or 1, 1, t, S] over logical columns."""
         owners = torch.repeat_interleave(torch.arange(self.shape[0], device=mask.device), self.lengths.sum(-1))
         return mask.expand(self.shape[0], -1, -1, -1)[owners, 0, :, self.slots.long()].T
 
@@ -59,7 +59,7 @@ class RaggedKV:
         return self.keys, self.values, self.slots, self.cu_seqlens
 
     def padded(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Dense (keys [B, H, M, D], values [B, H, M, Dv], slots [B, H, M] int64), padded on the left with 0 and slot -1."""
+        """Dense keys [B, H, M, D], values [B, H, M, Dv], slots [B, H, M] int64; 0 and slot -1 pad on the left."""
         batch, heads = self.shape
         width = int(self.lengths.max()) if self.lengths.numel() else 0
         valid = torch.arange(width, device=self.keys.device) >= width - self.lengths[..., None]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from mmkv_kernels import kth_largest
 from torch import Tensor
 
 from .kept import Kept
@@ -22,8 +23,8 @@ class Select:
         recent: last real tokens that are protected. None: the scorer's window.
         sinks: first real tokens that are protected.
         protect: a modality that is protected as a whole, e.g. "text".
-        granularity: every head's kept total is a multiple of this (rounded down, never below the protected entries),
-            for engines that free memory in blocks.
+        granularity: kept totals of heads that lose something are multiples of this (rounded down, never below the
+            protected entries), for engines that free memory in blocks.
     """
 
     recent: int | None = None
@@ -32,12 +33,17 @@ class Select:
     granularity: int = 1
 
     def __post_init__(self) -> None:
-        if (self.recent is not None and self.recent < 0) or self.sinks < 0 or self.granularity < 1:
+        counts = (self.sinks if self.recent is None else self.recent, self.sinks, self.granularity)
+        if not all(isinstance(count, int) for count in counts):
+            raise ValueError(f"Select: recent, sinks and granularity are whole numbers, got {self}")
+        if min(counts) < 0 or self.granularity < 1:
             raise ValueError(f"Select: recent and sinks cannot be negative and granularity starts at 1, got {self}")
         if self.protect is not None and self.protect not in MODALITIES:
             raise ValueError(f"Select: protect is one of {', '.join(MODALITIES)}, got {self.protect!r}")
 
-    def protected(self, valid: Tensor, window: int, modality: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def protected(
+        self, valid: Tensor, window: int, modality: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """Entries that are kept whatever their score, [B, H or 1, N] bool, a part of `valid`.
 
         Args:
@@ -69,7 +75,7 @@ def select(rank: Tensor, counts: Tensor, is_candidate: Tensor, protected: Tensor
         counts: [B, H] int64, clamped to the candidates there are.
         is_candidate: [B, H or 1, N] bool.
         protected: [B, H or 1, N] bool, disjoint from the candidates.
-        granularity: kept totals are rounded down to a multiple of it.
+        granularity: kept totals are rounded down to a multiple of it; a head that keeps all it has is left alone.
 
     Raises:
         ValueError: shapes that do not fit, negative counts, or a candidate whose rank is not finite.
@@ -78,18 +84,24 @@ def select(rank: Tensor, counts: Tensor, is_candidate: Tensor, protected: Tensor
     is_candidate = is_candidate.expand(rank.shape)
     if granularity > 1:
         spare = (counts + protected.sum(-1)) % granularity
-        counts = (counts - spare).clamp(min=0)
+        rounded = (counts - spare).clamp(min=0)
+        counts = torch.where(counts < is_candidate.sum(-1), rounded, counts)
     return Kept.from_mask(top_candidates(rank, counts, is_candidate) | protected)
 
 
 def top_candidates(rank: Tensor, counts: Tensor, is_candidate: Tensor) -> Tensor:
-    """[B, H, N] bool: the `counts` [B, H] highest-ranking candidates of each head; ties go to the lower index."""
+    """[B, H, N] bool: the `counts` [B, H] highest-ranking candidates of each head; ties go to the lower index.
+
+    Args:
+        rank: [B, H, N] float32, finite on the candidates.
+        counts: [B, H] int64, clamped to the candidates there are.
+        is_candidate: [B, H or 1, N] bool.
+    """
     size = min(int(counts.max()) if counts.numel() else 0, rank.shape[-1])
     if size == 0:
-        return torch.zeros_like(is_candidate)
+        return torch.zeros_like(rank, dtype=torch.bool)
     score = rank.masked_fill(~is_candidate, -torch.inf)
-    top = score.topk(size, dim=-1).values
-    cut = top.gather(-1, (counts.clamp(max=size) - 1).clamp(min=0)[..., None])
+    cut = kth_largest(score, counts.clamp(min=1, max=rank.shape[-1]))
     above = score > cut
     tied = (score == cut) & is_candidate
     room = counts[..., None] - above.sum(-1, keepdim=True)

@@ -1,0 +1,21 @@
+"""The package as its users see it."""
+
+import subprocess
+import sys
+
+import mmkv_select as package
+import pytest
+
+
+@pytest.mark.parametrize("name", sorted(package.__all__))
+def test_everything_public_is_documented(name):
+    assert getattr(package, name).__doc__
+
+
+def test_imports_with_torch_alone():
+    code = (
+        "import sys, torch; before = {name.split('.')[0] for name in sys.modules}; import mmkv_select;"
+        "loaded = {name.split('.')[0] for name in sys.modules} - before - set(sys.stdlib_module_names);"
+        "assert loaded == {'mmkv_select', 'mmkv_kernels'}, loaded"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
