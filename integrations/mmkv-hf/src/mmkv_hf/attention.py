@@ -41,12 +41,13 @@ def attention_forward(
         [B, n, Hq, Dv] and None for the weights.
     """
     layer = layer_of(key)
+    _check_extras(kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     softcap = kwargs.pop("softcap", None)
     if layer is None:
         return _dense(module, query, key, value, attention_mask, dropout, scaling, softcap, kwargs), None
-    layer.pending = False
-    _check_reader(module, layer, key, kwargs)
+    layer.group.request.pending = None
+    _check_reader(module, layer, key)
     mask = _as_bool(attention_mask)
     if layer.prefix is None:
         out = _dense(module, query, key, value, attention_mask, dropout, scaling, softcap, kwargs)
@@ -69,7 +70,9 @@ def _dense(
     kwargs: dict[str, Any],
 ) -> Tensor:
     if softcap is None:
-        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
+        settings = {"dropout": dropout, "scaling": scaling, **kwargs}
+        stock: Tensor = sdpa_attention_forward(module, query, key, value, mask, **settings)[0]
+        return stock
     out = dense_attention(
         query, key, value, scaling=scaling, softcap=softcap, mask=_as_bool(mask), causal=mask is None
     ).out
@@ -106,14 +109,18 @@ def _ragged(
     return output.out.transpose(1, 2).contiguous()
 
 
-def _check_reader(module: nn.Module, layer: CompressedLayer, key: Tensor, kwargs: dict[str, Any]) -> None:
-    if kwargs.get("s_aux") is not None:
-        raise ValueError("attention sinks (s_aux) are not supported by mmkv; this model cannot be compressed yet")
+def _check_extras(kwargs: dict[str, Any]) -> None:
+    for name, what in (("s_aux", "attention sinks"), ("position_bias", "position biases")):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{what} ({name}) are not supported by mmkv; this model cannot be compressed yet")
+
+
+def _check_reader(module: nn.Module, layer: CompressedLayer, key: Tensor) -> None:
     held = layer.keys
     if layer.prefix is not None and not isinstance(layer, CrossLayer) and held is not None and key.shape != held.shape:
         raise RuntimeError(
-            f"layer {getattr(module, 'layer_idx', '?')} reads the keys of layer {layer.layer_idx}, which was compressed "
-            "before its last reader ran; this version of transformers shares KV in a way mmkv does not know"
+            f"layer {getattr(module, 'layer_idx', '?')} reads the keys of layer {layer.layer_idx}, which was "
+            "compressed before its last reader ran; this version of transformers shares KV in a way mmkv does not know"
         )
 
 
@@ -121,7 +128,9 @@ def _as_bool(mask: Tensor | None) -> Tensor | None:
     if mask is None or (isinstance(mask, Tensor) and mask.dtype == torch.bool):
         return mask
     if not isinstance(mask, Tensor):
-        raise ValueError(f"mmkv reads tensor masks, not {type(mask).__name__}; leave flex_attention until after the prompt")
+        raise ValueError(
+            f"mmkv reads tensor masks, not {type(mask).__name__}; leave flex_attention until after the prompt"
+        )
     return mask > torch.finfo(mask.dtype).min / 2
 
 

@@ -16,7 +16,7 @@ from .layers import CompressedLayer, CrossLayer
 from .request import Group, Request
 
 
-class CompressedCache(Cache):
+class CompressedCache(Cache):  # type: ignore[misc]
     """A `past_key_values` whose full-attention layers evict once the prompt has been read.
 
     Sliding-window, linear-attention and KV-reading layers keep the classes transformers gives them. The model's
@@ -49,7 +49,7 @@ class CompressedCache(Cache):
         config = text_config(model)
         parsed = Pipeline.parse(pipeline)
         self.request = Request(parsed, checked_budget(parsed, budget))
-        super().__init__(layers=_layers(config, self.request))
+        super().__init__(layers=make_layers(config, self.request))
         self.expect(prompt_length, modality=modality, protect=protect)
 
     def expect(self, prompt_length: int, *, modality: Tensor | None = None, protect: Tensor | None = None) -> None:
@@ -65,16 +65,22 @@ class CompressedCache(Cache):
         """
         if prompt_length <= self.get_seq_length():
             raise ValueError(
-                f"the prompt is empty: {prompt_length} tokens in all, of which {self.get_seq_length()} are in the cache already"
+                f"the prompt is empty: {prompt_length} tokens in all, {self.get_seq_length()} of them cached already"
             )
         for name, given in (("modality", modality), ("protect", protect)):
             if given is not None and (given.ndim != 2 or given.shape[1] != prompt_length):
                 raise ValueError(f"{name} is [B, {prompt_length}], got {tuple(given.shape)}")
-        self.request.check()
+        if self.pipeline.select.protect and modality is None:
+            raise ValueError(
+                f"{self.pipeline} has to know the modality of each token; pass the whole prompt's input_ids"
+            )
+        if protect is not None and protect.dtype != torch.bool:
+            raise ValueError(f"protect is bool, got {protect.dtype}")
+        self._check_whole()
         self.request.prompt_end = prompt_length
-        self.request.modality, self.request.protect = modality, protect
         for layer in self.compressed_layers:
             layer.expect()
+        self._text.modality, self._text.protect = modality, protect
 
     @property
     def pipeline(self) -> Pipeline:
@@ -89,17 +95,18 @@ class CompressedCache(Cache):
     def kept_masks(self) -> dict[int, Tensor]:
         """Model layer -> [B, H, prompt] bool: the logical columns of the prompt that are held.
 
-        For cross-attention layers the columns are image tokens. A layer that evicted nothing holds its padding too.
+        For cross-attention layers the columns are image tokens, and they are missing where there was no image. A layer
+        that evicted nothing holds its padding too.
         """
-        return {layer.layer_idx: layer.kept_mask() for layer in self.compressed_layers}
+        return {layer.layer_idx: layer.kept_mask() for layer in self.compressed_layers if layer.is_initialized}
 
     def tensors(self) -> list[Tensor]:
         """Every tensor alive in this cache, stock layers and scorers' state included."""
         held = [t for layer in self.compressed_layers for t in layer.tensors()]
         for layer in self.compressed_layers:
             held += layer.group.round.trace.tensors() if layer.group.round is not None else []
-        held += [t for t in (self.request.modality, self.request.protect) if t is not None]
-        return held + [t for layer in self.layers if not isinstance(layer, CompressedLayer) for t in _stock(layer)]
+        held += [t for t in (self._text.modality, self._text.protect, self.request.padding) if t is not None]
+        return held + [t for layer in self._stock_layers() for t in _stock(layer)]
 
     @property
     def bytes_held(self) -> int:
@@ -110,8 +117,25 @@ class CompressedCache(Cache):
     @property
     def bytes_full(self) -> int:
         """Bytes the keys and values of a stock cache would take after the same tokens."""
-        stock = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for x in self._stock_layers() for t in _stock(x)}
+        stock = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for x in self._stock_layers()
+            for t in _stock(x)
+        }
         return sum(layer.bytes_full for layer in self.compressed_layers) + sum(stock.values())
+
+    @property
+    def _text(self) -> Group:
+        """The group of the self-attention layers, which every cache has."""
+        return next(layer.group for layer in self.compressed_layers if not isinstance(layer, CrossLayer))
+
+    def _check_whole(self) -> None:
+        self.request.check()
+        lengths = {layer.seen for layer in self.compressed_layers if not isinstance(layer, CrossLayer)}
+        if len(lengths) > 1:
+            raise RuntimeError(
+                "an error stopped the model in the middle of a forward pass; this cache is broken, make a new one"
+            )
 
     def _stock_layers(self) -> list[CacheLayerMixin]:
         return [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]
@@ -132,7 +156,12 @@ def checked_budget(pipeline: Pipeline, budget: int | float | Budget) -> Budget:
     return made
 
 
-def _layers(config: Any, request: Request) -> list[CacheLayerMixin]:
+def make_layers(config: Any, request: Request) -> list[CacheLayerMixin]:
+    """One layer per layer of the decoder.
+
+    Raises:
+        ValueError: there is none that can be compressed, or a table was made for another model.
+    """
     template, cross, readers = template_layers(config), cross_layers(config), last_readers(config)
     own = [i for i, layer in enumerate(template) if is_full_attention(layer) and i not in cross]
     image = [i for i, layer in enumerate(template) if is_full_attention(layer) and i in cross]
@@ -140,6 +169,7 @@ def _layers(config: Any, request: Request) -> list[CacheLayerMixin]:
         raise ValueError(f"{config.model_type} has no full-attention layer whose cache could be compressed")
     for group, kind, indices in _groups(request, own, image):
         _check_table(config, group)
+        request.last_layer = max(request.last_layer, *indices)
         for ordinal, i in enumerate(indices):
             template[i] = kind(group, ordinal, i, readers.get(i, i))
     return template
@@ -160,8 +190,11 @@ def _check_table(config: Any, group: Group) -> None:
     """A table made for another model is refused before anything runs."""
     if isinstance(group.pipeline.heads, TableRule):
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        group.pipeline.heads.plan(torch.ones(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64), group.num_layers, heads)
+        group.pipeline.heads.plan(
+            torch.ones(1, dtype=torch.int64), torch.ones(1, dtype=torch.int64), group.num_layers, heads
+        )
 
 
 def _stock(layer: Any) -> list[Tensor]:
-    return [t for t in vars(layer).values() if isinstance(t, Tensor)]
+    held = [part for x in vars(layer).values() for part in (x.values() if isinstance(x, dict) else [x])]
+    return [t for t in held if isinstance(t, Tensor)]

@@ -79,7 +79,9 @@ def _number(budget: str) -> int | float:
     try:
         return int(budget) if budget.lstrip("+-").isdigit() else float(budget)
     except ValueError:
-        raise ValueError(f"the budget is a number of tokens (64) or a share of the prompt (0.1), not {budget!r}") from None
+        raise ValueError(
+            f"the budget is a number of tokens (64) or a share of the prompt (0.1), not {budget!r}"
+        ) from None
 
 
 def _text(processor: Any, prompt: str, images: int) -> str:

@@ -1,8 +1,8 @@
 """Cache layers that compress themselves once the prompt has been read.
 
 A layer holds an immutable ragged prefix (different lengths per batch row and KV head) and a dense tail that starts with
-the last prompt token. What it reports to transformers are logical lengths, so positions and masks inside `generate` stay
-right. When every head of every layer keeps the same count, the prefix is dense too and stock attention reads it.
+the last prompt token. What it reports to transformers are logical lengths, so positions and masks stay right. When
+every head of every layer keeps the same count, the prefix is dense too and stock attention reads it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from .request import Group, at_slots
-from .window import WindowRows
+from .window import WindowRows, sees_itself
 
 _HANDLE = "_mmkv_layer"
 
@@ -31,7 +31,7 @@ def layer_of(keys: Tensor) -> CompressedLayer | None:
     return None if handle is None else handle()
 
 
-class CompressedLayer(CacheLayerMixin):
+class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
     """One self-attention layer of a `CompressedCache`.
 
     `keys` and `values` [B, H, t, D] are the dense part: the whole prompt while it is read, the tail afterwards, and
@@ -43,13 +43,14 @@ class CompressedLayer(CacheLayerMixin):
         seen: logical length, tokens that ever reached this layer.
         prefix: kept entries before the tail, or None.
         slots: [B, H, k] int32, logical columns of the first k dense entries in the uniform form, else None.
+        padding: [B] int64, columns of each row's prompt that were padding, in the uniform form, else None.
     """
 
     is_sliding = False
     is_compileable = False
     is_croppable = True
     supports_early_init = False
-    _dense = ("keys", "values", "slots")
+    _dense: tuple[str, ...] = ("keys", "values", "slots", "padding")
 
     def __init__(self, group: Group, ordinal: int, layer_idx: int, last_reader: int) -> None:
         super().__init__()
@@ -62,9 +63,9 @@ class CompressedLayer(CacheLayerMixin):
         self.seen = 0
         self.prefix: RaggedKV | None = None
         self.slots: Tensor | None = None
-        self.pending = False
+        self.padding: Tensor | None = None
         self._done_at = 0
-        self._windows: dict[int, WindowRows] = {}
+        self._rows: WindowRows | None = None
         self._sums: tuple[Tensor, Tensor] | None = None
 
     # -- what transformers calls
@@ -82,17 +83,14 @@ class CompressedLayer(CacheLayerMixin):
         Raises:
             RuntimeError: the keys handed out before never reached the "mmkv" attention function.
         """
-        self.group.request.check()
-        if self.pending:
-            raise RuntimeError(
-                f"layer {self.layer_idx}: the keys of a CompressedCache did not reach mmkv's attention function. Use the "
-                "cache inside `with compress(model, ...)`, or call mmkv_hf.set_attention(model, 'mmkv') first"
-            )
+        request = self.group.request
+        request.check()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys, self.values = _appended(self.keys, key_states), _appended(self.values, value_states)
         self.seen += key_states.shape[-2]
-        self.pending = self.prefix is not None or self.reading
+        request.seen = self.seen
+        request.pending = self.layer_idx if self.prefix is not None or self.reading else None
         return _marked(self.keys, self), self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -120,11 +118,12 @@ class CompressedLayer(CacheLayerMixin):
         fixed = 0 if self.slots is None else self.slots.shape[-1]
         if count > self.keys.shape[-2] - fixed:
             raise ValueError(
-                f"cannot remove {count} tokens: only the {self.keys.shape[-2] - fixed} since the end of the prompt (its "
-                "last token included) can be taken back, what came before is compressed"
+                f"cannot remove {count} tokens: only the {self.keys.shape[-2] - fixed} since the end of the prompt "
+                "(its last token included) can be taken back, what came before is compressed"
             )
         self.keys, self.values = self.keys[..., :-count, :].clone(), self.values[..., :-count, :].clone()
         self.seen -= count
+        self.group.request.seen = self.seen
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the given batch rows [R], which may repeat."""
@@ -144,6 +143,7 @@ class CompressedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forgets everything."""
         self.is_initialized = False
+        self.keys = self.values = None  # type: ignore[assignment]
         self._empty()
 
     def offload(self) -> None:
@@ -180,6 +180,9 @@ class CompressedLayer(CacheLayerMixin):
     def observe(self, reader: int, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> None:
         """Takes in the queries [B, Hq, n, D] of one forward pass; compresses after the last reader of a whole prompt.
 
+        Only the queries of the layer that stores the keys count: `generate` runs Gemma 4's readers on the last token
+        alone, a forward loop on all of them, and what is kept must not depend on that.
+
         Args:
             reader: index of the layer whose queries these are (another one's, where layers share keys).
             query: after RoPE.
@@ -189,20 +192,28 @@ class CompressedLayer(CacheLayerMixin):
         """
         end = self.group.request.prompt_end
         mask = self._logical(mask)
+        if self.ordinal == 0:
+            self._announce_padding(mask)
         count = query.shape[-2] - max(0, self.seen - end)
-        if count > 0:
+        if count > 0 and reader == self.layer_idx:
             seen = min(self.seen, end)
             visible = None if mask is None else mask[:, :, :count, :seen]
-            self._observe_window(reader, query[:, :, :count], seen, visible)
-            if reader == self.layer_idx:
-                self._observe_columns(query[:, :, :count], seen, visible, scaling, softcap)
+            self._observe_window(query[:, :, :count], seen, visible)
+            self._observe_columns(query[:, :, :count], seen, visible, scaling, softcap)
         if reader == self.last_reader and self.seen >= end:
             last = None if mask is None else mask[:, 0, mask.shape[2] - 1 - (self.seen - end), :end]
             self._compress(last, scaling, softcap)
 
+    def _announce_padding(self, mask: Tensor | None) -> None:
+        """Tells the layers that attend to images which of these queries are padding."""
+        request = self.group.request
+        request.padding = None
+        if mask is not None and self.group.num_layers < self.group.all_layers:
+            request.padding = ~sees_itself(mask, self.seen - mask.shape[2])
+
     def expect(self) -> None:
         """A new prompt begins."""
-        self._windows, self._sums = {}, None
+        self._rows, self._sums = None, None
 
     @property
     def bytes_full(self) -> int:
@@ -238,20 +249,20 @@ class CompressedLayer(CacheLayerMixin):
 
     def tensors(self) -> list[Tensor]:
         """Every tensor this layer holds."""
-        windows = [t for w in self._windows.values() for t in (w.queries, w.positions, w.mask)]
-        held = [*windows, *(self._sums or ()), self.slots, *(self.prefix.tensors() if self.prefix else ())]
+        rows = self._rows
+        held = [] if rows is None else [rows.queries, rows.positions, rows.mask]
+        held += [*(self._sums or ()), self.slots, self.padding, *(self.prefix.tensors() if self.prefix else ())]
         held += [self.keys, self.values] if self.is_initialized else []
         return [t for t in held if t is not None]
 
     # -- observation and compression
 
-    def _observe_window(self, reader: int, query: Tensor, seen: int, mask: Tensor | None) -> None:
+    def _observe_window(self, query: Tensor, seen: int, mask: Tensor | None) -> None:
         size = self.group.pipeline.window
         if size == 0:
             return
         rows = WindowRows.of(query.detach(), seen - query.shape[-2], mask, size)
-        before = self._windows.get(reader)
-        self._windows[reader] = rows if before is None else before.then(rows, size)
+        self._rows = rows if self._rows is None else self._rows.then(rows, size)
 
     def _observe_columns(
         self, query: Tensor, seen: int, mask: Tensor | None, scaling: float, softcap: float | None
@@ -284,22 +295,31 @@ class CompressedLayer(CacheLayerMixin):
         try:
             keys, values, slots = self._prompt_entries(end)
             if visible is None:
-                visible = torch.ones(keys.shape[0], end, dtype=torch.bool, device=keys.device)
-            kept = self._decide(keys, values, slots, visible, scaling, softcap)
+                visible = torch.ones(1, end, dtype=torch.bool, device=keys.device)
+            visible = visible.expand(keys.shape[0], -1)
+            lengths = visible.sum(-1) if self.padding is None else visible.sum(-1) - self.padding
+            kept = self._decide(keys, values, slots, visible, lengths, scaling, softcap)
         except Exception as error:
             self.group.request.failed = str(error)
             raise
         finally:
-            self._windows, self._sums, self._done_at = {}, None, end
+            self._rows, self._sums, self._done_at = None, None, end
         if kept is not None:
-            self._store(keys, values, slots, kept)
+            self._store(keys, values, slots, kept, end - lengths)
         self.group.finish()
 
     def _decide(
-        self, keys: Tensor, values: Tensor, slots: Tensor, visible: Tensor, scaling: float, softcap: float | None
+        self,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+        visible: Tensor,
+        lengths: Tensor,
+        scaling: float,
+        softcap: float | None,
     ) -> Kept | None:
         pair = keys.shape[1] * ((keys.shape[-1] + values.shape[-1]) * keys.element_size() + 4)
-        round_ = self.group.begin(visible.sum(-1), pair)
+        round_ = self.group.begin(lengths, pair)
         valid = at_slots(visible, slots) & (slots >= 0)
         queries, seen = self._window(keys, slots)
         sums, counts = self._sums or (None, None)
@@ -322,44 +342,43 @@ class CompressedLayer(CacheLayerMixin):
         return round_.decide(observation, self._protect(slots))
 
     def _modality(self, slots: Tensor) -> Tensor | None:
-        known = self.group.request.modality
+        known = self.group.modality
         return None if known is None else at_slots(known, slots)
 
     def _protect(self, slots: Tensor) -> Tensor | None:
         """The last prompt token, which starts the tail, and what the user named."""
         last = slots == self.group.request.prompt_end - 1
-        named = self.group.request.protect
+        named = self.group.protect
         return last if named is None else last | at_slots(named, slots)
 
     def _window(self, keys: Tensor, slots: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Queries of all readers, grouped by KV head, and what they saw (None: causal and nothing padded)."""
-        batch, heads, _, dim = keys.shape
-        own = self._windows.get(self.layer_idx)
-        if own is None:
-            return keys.new_zeros(batch, heads, 0, dim), None
-        same = [w for w in self._windows.values() if w.queries.shape[2] == own.queries.shape[2]]
-        queries = torch.cat([w.queries.unflatten(1, (heads, -1)) for w in same], dim=2).flatten(1, 2)
-        plain = own.mask is None and self.prefix is None and self.slots is None
-        return queries, None if plain else own.sees(slots)
+        """The last queries and what they saw (None: causal and nothing padded)."""
+        rows = self._rows
+        if rows is None:
+            return keys.new_zeros(*keys.shape[:2], 0, keys.shape[-1]), None
+        plain = rows.mask is None and self.prefix is None and self.slots is None
+        return rows.queries, None if plain else rows.sees(slots)
 
-    def _store(self, keys: Tensor, values: Tensor, slots: Tensor, kept: Kept) -> None:
+    def _store(self, keys: Tensor, values: Tensor, slots: Tensor, kept: Kept, padding: Tensor) -> None:
         prefix = compact(keys, values, slots, kept.below(kept.size - 1))
         start = self.keys.shape[2] - 1 - (self.seen - self.group.request.prompt_end)
         tail_keys, tail_values = self.keys[:, :, start:].clone(), self.values[:, :, start:].clone()
         if self._uniform(prefix, kept):
             shape = (*prefix.shape, int(prefix.lengths.flatten()[0]))
-            self.prefix, self.slots = None, prefix.slots.view(shape)
+            self.prefix, self.slots, self.padding = None, prefix.slots.view(shape), padding
             self.keys = torch.cat([prefix.keys.view(*shape, -1), tail_keys], dim=2)
             self.values = torch.cat([prefix.values.view(*shape, -1), tail_values], dim=2)
         else:
-            self.prefix, self.slots, self.keys, self.values = prefix, None, tail_keys, tail_values
+            self.prefix, self.slots, self.padding = prefix, None, None
+            self.keys, self.values = tail_keys, tail_values
 
     def _uniform(self, prefix: RaggedKV, kept: Kept) -> bool:
         """Whether the whole cache is uniform, which its first layer decides; the tail has to belong to every row."""
-        if self.group.uniform is None:
+        group = self.group
+        if group.uniform is None:
             equal = all(bool((x == x.flatten()[0]).all()) for x in (prefix.lengths, kept.lengths))
-            self.group.uniform = equal and self.group.pipeline.counts == "equal"
-        return self.group.uniform
+            group.uniform = equal and group.pipeline.counts == "equal" and group.num_layers == group.all_layers
+        return group.uniform
 
     def _move(self, device: torch.device | str) -> None:
         self._apply(
@@ -387,10 +406,10 @@ class CrossLayer(CompressedLayer):
 
     def _empty(self) -> None:
         super()._empty()
-        self._read = self._full = self._images = 0
+        self._full = self._images = 0
 
-    @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
+    @property  # type: ignore[override]
+    def keys(self) -> Tensor | None:
         """What is held, marked so that attention finds this layer; never empty, as Mllama asks for its size."""
         held = self._keys if self.prefix is None else self.prefix.keys[None, None]
         return None if held is None else _marked(held, self)
@@ -399,8 +418,8 @@ class CrossLayer(CompressedLayer):
     def keys(self, value: Tensor | None) -> None:
         self._keys = value
 
-    @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
+    @property  # type: ignore[override]
+    def values(self) -> Tensor | None:
         """See `keys`."""
         return self._values if self.prefix is None else self.prefix.values[None, None]
 
@@ -410,13 +429,15 @@ class CrossLayer(CompressedLayer):
 
     @property
     def reading(self) -> bool:
-        """Whether the first prompt, the one with the image, is still being read."""
-        return self.prefix is None and self._read < self.group.request.prompt_end
+        """Whether the prompt that brought the image is still being read."""
+        return self.is_initialized and not self._done_at
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Takes the keys and values of the image."""
         if self.is_initialized:
-            raise RuntimeError("a CompressedCache takes the images of a cross-attention model once, with the first prompt")
+            raise RuntimeError(
+                "a CompressedCache takes the images of a cross-attention model once, with the first prompt"
+            )
         self._keys, self._values, self.is_initialized = key_states, value_states, True
         self._full, self._images = key_states.nbytes + value_states.nbytes, key_states.shape[2]
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -424,7 +445,7 @@ class CrossLayer(CompressedLayer):
 
     def get_seq_length(self) -> int:
         """Text tokens that have read this layer."""
-        return self._read if self.is_initialized else 0
+        return self.group.request.seen if self.is_initialized else 0
 
     @property
     def bytes_full(self) -> int:
@@ -445,14 +466,17 @@ class CrossLayer(CompressedLayer):
 
     def observe(self, reader: int, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> None:
         """Takes in text queries; compresses once the prompt has been read. mask [B, 1, n, images' tokens] or None."""
-        keys, values, slots = self.entries()
         if mask is None:
-            mask = torch.ones(keys.shape[0], 1, query.shape[2], keys.shape[2], dtype=torch.bool, device=keys.device)
-        rows = WindowRows(query.detach(), mask[:, 0].any(-1).long() - 1, mask)
-        before = self._windows.get(reader)
-        self._windows[reader] = (rows if before is None else before.then(rows, self._size)).last(self._size)
-        self._read += query.shape[2]
-        if self._read >= self.group.request.prompt_end:
+            mask = query.new_ones(query.shape[0], 1, query.shape[2], self._images, dtype=torch.bool)
+        request = self.group.request
+        positions = mask[:, 0].any(-1).long() - 1
+        if request.padding is not None:  # Mllama lets padding see every image
+            positions = positions.masked_fill(request.padding, -1)
+        rows = WindowRows(query.detach(), positions, mask)
+        self._rows = (rows if self._rows is None else self._rows.then(rows, self._size)).last(self._size)
+        if self.layer_idx == request.last_layer:
+            request.padding = None
+        if request.seen >= request.prompt_end:
             self._compress(mask[:, 0].any(1), scaling, softcap)
 
     @property
@@ -470,13 +494,10 @@ class CrossLayer(CompressedLayer):
     def _columns(self, slots: Tensor) -> int:
         return self._images
 
-    def _modality(self, slots: Tensor) -> Tensor | None:
-        return None
-
     def _protect(self, slots: Tensor) -> Tensor | None:
         return None
 
-    def _store(self, keys: Tensor, values: Tensor, slots: Tensor, kept: Kept) -> None:
+    def _store(self, keys: Tensor, values: Tensor, slots: Tensor, kept: Kept, padding: Tensor) -> None:
         self.prefix = compact(keys, values, slots, kept)
         self._keys = self._values = None
 

@@ -52,7 +52,9 @@ def plot_kept(
     shapes = _grids([len(run) for run in runs], grids)
     pictures = _pictures(images, len(runs))
     kept = report.vision_kept[row]
-    titles = [f"layer {layer.layer}" for layer in report.layers if layer.kind == "self"] if per_layer else ["all layers"]
+    titles = (
+        [f"layer {layer.layer}" for layer in report.layers if layer.kind == "self"] if per_layer else ["all layers"]
+    )
     maps = kept if per_layer else kept.mean(0, keepdim=True)
     figure = Figure(figsize=(3.2 * len(runs) + 1.2, 3.2 * len(maps) + 0.8), layout="constrained")
     axes = figure.subplots(len(maps), len(runs), squeeze=False)
@@ -74,7 +76,9 @@ def _panel(axis: Any, values: Tensor, picture: Any) -> Any:
     axis.set_xticks([])
     axis.set_yticks([])
     alpha = 1.0 if picture is None else 0.75 * values.clamp(0, 1).sqrt().numpy()
-    return axis.imshow(values.numpy(), cmap="inferno", vmin=0, vmax=1, extent=extent, alpha=alpha, interpolation="nearest")
+    return axis.imshow(
+        values.numpy(), cmap="inferno", vmin=0, vmax=1, extent=extent, alpha=alpha, interpolation="nearest"
+    )
 
 
 def _runs(columns: list[int]) -> list[list[int]]:
@@ -101,5 +105,3 @@ def _pictures(images: Any, count: int) -> list[Any]:
     if len(pictures) != count:
         raise ValueError(f"the prompt has {count} images, {len(pictures)} were given")
     return pictures
-
-

@@ -92,16 +92,17 @@ def make_report(cache: CompressedCache, modality: Tensor | None) -> Report:
         modality: [P, N] int8 of the prompt, or None when it is not known.
     """
     prompt = cache.request.prompt_end
-    masks = [mask.cpu() for mask in cache.kept_masks().values()]
+    layers = [layer for layer in cache.compressed_layers if layer.is_initialized]
+    masks = [layer.kept_mask().cpu() for layer in layers]
     if modality is not None:
         modality = modality.cpu().repeat_interleave(masks[0].shape[0] // modality.shape[0], dim=0)
     vision = [(row > 0).nonzero()[:, 0] for row in modality] if modality is not None else []
-    own = [m for m, layer in zip(masks, cache.compressed_layers, strict=True) if not isinstance(layer, CrossLayer)]
+    own = [m for m, layer in zip(masks, layers, strict=True) if not isinstance(layer, CrossLayer)]
     return Report(
         pipeline=str(cache.pipeline),
         budget=str(cache.request.budget),
         prompt=prompt,
-        layers=[_layer(x, m, modality) for x, m in zip(cache.compressed_layers, masks, strict=True)],
+        layers=[_layer(x, m, modality) for x, m in zip(layers, masks, strict=True)],
         bytes_held=cache.bytes_held,
         bytes_full=cache.bytes_full,
         vision_columns=[columns.tolist() for columns in vision],

@@ -17,22 +17,36 @@ class Request:
         pipeline: the method.
         budget: KV pairs per KV head.
         prompt_end: logical length at which the prompt being read is complete.
-        modality: [B, prompt_end] int8 while a prompt is read, else None.
-        protect: [B, prompt_end] bool, tokens that must stay, while a prompt is read.
+        seen: tokens that ever reached the self-attention layers.
+        padding: [B, n] bool, the queries of the forward pass under way that are padding, for layers whose own mask is
+            about images; None where there are none.
+        last_layer: index in the model of the last layer that is compressed.
+        pending: the layer whose keys were handed out and have not reached mmkv's attention function yet.
         failed: why this cache cannot be used any more.
     """
 
     pipeline: Pipeline
     budget: Budget
     prompt_end: int = 0
-    modality: Tensor | None = None
-    protect: Tensor | None = None
+    seen: int = 0
+    padding: Tensor | None = None
+    last_layer: int = 0
+    pending: int | None = None
     failed: str | None = None
 
     def check(self) -> None:
-        """Raises RuntimeError when an earlier compression failed half-way."""
+        """Refuses a cache that an error left half-way.
+
+        Raises:
+            RuntimeError: see above, or keys handed out before never reached the "mmkv" attention function.
+        """
+        if self.pending is not None:
+            self.failed = (
+                f"the keys of layer {self.pending} did not reach mmkv's attention function; use a CompressedCache "
+                "inside `with compress(model, ...)`, or call mmkv_hf.set_attention(model, 'mmkv') first"
+            )
         if self.failed:
-            raise RuntimeError(f"this cache is only half compressed because of an earlier error ({self.failed}); make a new one")
+            raise RuntimeError(f"this cache cannot be used any more, make a new one: {self.failed}")
 
 
 @dataclass(slots=True)
@@ -43,15 +57,19 @@ class Group:
         request: shared by all groups of the cache.
         pipeline: the request's method; without protected entries for cross-attention.
         num_layers: how many layers this group has.
-        pairs: how many layers all groups have, for budgets in bytes.
+        all_layers: how many layers all groups have, for budgets in bytes.
+        modality: [B, prompt_end] int8 while a prompt is read, else None.
+        protect: [B, prompt_end] bool, tokens that must stay, while a prompt is read.
         round: the compression under way.
-        uniform: whether the layers of this cache keep the same count everywhere; None until the first one knows.
+        uniform: whether this round keeps the same count everywhere; None until its first layer knows.
     """
 
     request: Request
     pipeline: Pipeline
     num_layers: int
     all_layers: int
+    modality: Tensor | None = None
+    protect: Tensor | None = None
     round: Round | None = None
     uniform: bool | None = None
     _finished: int = field(default=0)
@@ -72,13 +90,19 @@ class Group:
         """One layer more has been compressed; after the last one the shared state is freed."""
         self._finished += 1
         if self._finished == self.num_layers:
-            self._finished, self.round = 0, None
+            self._finished, self.round, self.uniform = 0, None, None
+            self.modality = self.protect = None
 
 
 def at_slots(x: Tensor, slots: Tensor) -> Tensor:
     """x [P, S] at slots [B, H or 1, N] -> [B, H or 1, N]; x's first entry where the slot is -1.
 
     P divides B: `generate` repeats every prompt for its beams or samples.
+
+    Raises:
+        ValueError: P does not divide B.
     """
+    if slots.shape[0] % x.shape[0]:
+        raise ValueError(f"modality or protect have {x.shape[0]} rows, which does not fit a batch of {slots.shape[0]}")
     rows = torch.arange(slots.shape[0], device=x.device) // (slots.shape[0] // x.shape[0])
     return x[rows[:, None, None], slots.clamp(min=0)]

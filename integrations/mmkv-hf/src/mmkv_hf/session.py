@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from mmkv_pipelines import Budget, Pipeline
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import attention  # noqa: F401  registers the attention function
 from ._compat import ATTENTION, attention_setting, set_attention, text_config
-from .cache import CompressedCache, checked_budget
+from .cache import CompressedCache, checked_budget, make_layers
 from .report import Report, make_report
+from .request import Request
 
+_WRAPPED = ("generate", "generate_batch")
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
 _REFUSED = {
-    "cache_implementation": "the session brings its own cache; leave cache_implementation out",
-    "custom_generate": "custom generation loops bring their own cache; use session.cache(**inputs) and a hand-written loop",
+    "cache_implementation": "the session brings its own cache; leave it out",
+    "custom_generate": "custom loops bring their own cache; use session.cache(**inputs) and a hand-written loop",
+    "assistant_early_exit": "its drafts would share the cache; give an assistant_model or prompt_lookup_num_tokens",
 }
 
 
@@ -59,7 +65,12 @@ class Session:
     """
 
     def __init__(
-        self, model: PreTrainedModel, pipeline: str | Pipeline, budget: int | float | Budget, *, protect: Tensor | None = None
+        self,
+        model: PreTrainedModel,
+        pipeline: str | Pipeline,
+        budget: int | float | Budget,
+        *,
+        protect: Tensor | None = None,
     ) -> None:
         self.model = model
         self.pipeline = Pipeline.parse(pipeline)
@@ -67,30 +78,33 @@ class Session:
         self.protect = protect
         self.last: CompressedCache | None = None
         self._modality: Tensor | None = None
-        self._before: dict[str, Any] | None = None
-        text_config(model)
-        CompressedCache(model, self.pipeline, self.budget, prompt_length=1)  # says now what would fail later
+        self._before: tuple[str, dict[str, Any]]  # attention setting and instance attributes, while the session is open
+        self._stock_generate: Callable[..., Any]
+        make_layers(text_config(model), Request(self.pipeline, self.budget))  # says now what would fail later
+        if not model.can_generate():
+            raise ValueError(f"{type(model).__name__} cannot generate; give the model with its language model head")
 
     def __enter__(self) -> Self:
-        if attention_setting(self.model) == ATTENTION or self._before is not None:
+        if isinstance(getattr(self.model.generate, "__self__", None), Session):
             raise RuntimeError("a session is open on this model already; sessions cannot be nested")
-        before = {"attention": attention_setting(self.model), **{n: vars(self.model).get(n) for n in _WRAPPED}}
+        own = {name: vars(self.model)[name] for name in _WRAPPED if name in vars(self.model)}
+        before = (attention_setting(self.model), own)
         set_attention(self.model, ATTENTION)
-        self._before = before
-        self.model.generate = self._generate  # type: ignore[method-assign]
-        self.model.generate_batch = self._generate_batch  # type: ignore[method-assign]
+        self._before, self._stock_generate = before, self.model.generate
+        self.model.generate = self._generate
+        self.model.generate_batch = self._generate_batch
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        before, self._before = self._before, None
-        assert before is not None
+        setting, own = self._before
         for name in _WRAPPED:
             delattr(self.model, name)
-            if before[name] is not None:
-                setattr(self.model, name, before[name])
-        set_attention(self.model, before["attention"])
+        for name, value in own.items():
+            setattr(self.model, name, value)
+        set_attention(self.model, setting)
+        del self._before, self._stock_generate
 
     def cache(
         self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **inputs: Any
@@ -105,7 +119,7 @@ class Session:
         Raises:
             ValueError: an empty prompt.
         """
-        prompt = inputs_embeds if input_ids is None else input_ids
+        prompt = input_ids if inputs_embeds is None else inputs_embeds
         if prompt is None or prompt.shape[1] == 0:
             raise ValueError("the prompt is empty; pass input_ids or inputs_embeds with at least one token")
         self._modality = self._modalities(input_ids, inputs.get("mm_token_type_ids"))
@@ -114,7 +128,7 @@ class Session:
             self.pipeline,
             self.budget,
             prompt_length=prompt.shape[1],
-            modality=self._modality if self.pipeline.select.protect else None,
+            modality=self._protected_modality,
             protect=self.protect,
         )
         return self.last
@@ -129,18 +143,24 @@ class Session:
             raise RuntimeError("nothing to report yet: generate something inside the session first")
         return make_report(self.last, self._modality)
 
-    def _generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+    def _generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        settings = vars(generation_config or self.model.generation_config) | kwargs
         for name, reason in _REFUSED.items():
-            if kwargs.get(name) is not None:
+            if settings.get(name) is not None:
                 raise ValueError(f"{name} does not work in a compress session: {reason}")
-        if kwargs.get("use_cache") is False:
+        if settings.get("use_cache") is False:
             raise ValueError("use_cache=False leaves nothing to compress")
         prompt = {"input_ids": inputs if inputs is not None else kwargs.get("input_ids")}
-        prompt |= {name: kwargs.get(name) for name in ("inputs_embeds", "mm_token_type_ids")}
+        prompt |= {name: kwargs.get(name) for name in ("inputs_embeds", "mm_token_type_ids", "attention_mask")}
         cache = kwargs.pop("past_key_values", None)
+        if cache is not None and any(settings.get(name) is not None for name in _ASSISTED) and cache.get_seq_length():
+            raise ValueError(
+                "assisted decoding cannot start from a cache that holds tokens: transformers would feed it the whole "
+                "prompt again; leave assistant_model and prompt_lookup_num_tokens out of later turns"
+            )
         cache = self.cache(**prompt) if cache is None else self._continued(cache, prompt)
         try:
-            out = type(self.model).generate(self.model, inputs, past_key_values=cache, **kwargs)
+            out = self._stock_generate(inputs, generation_config, past_key_values=cache, **kwargs)
         except BaseException:
             self.last = None
             raise
@@ -150,24 +170,35 @@ class Session:
     def _continued(self, cache: Any, prompt: dict[str, Any]) -> CompressedCache:
         if not isinstance(cache, CompressedCache):
             raise ValueError(f"a compress session continues a CompressedCache, not a {type(cache).__name__}")
-        tokens = prompt["input_ids"] if prompt["input_ids"] is not None else prompt["inputs_embeds"]
+        tokens = prompt["input_ids"] if prompt["inputs_embeds"] is None else prompt["inputs_embeds"]
         if tokens is None:
-            raise ValueError("pass the whole conversation as input_ids, or its new part as inputs_embeds")
-        length = tokens.shape[1]
-        if prompt["input_ids"] is None:
-            length += cache.get_seq_length()
-        self._modality = self._modalities(prompt["input_ids"], prompt["mm_token_type_ids"])
-        cache.expect(length, modality=self._modality if self.pipeline.select.protect else None, protect=self.protect)
+            raise ValueError("the prompt is empty; pass the whole conversation as input_ids or inputs_embeds")
+        # As in stock generate: only the new tokens may be given where the attention mask shows that there are more.
+        length = tokens.shape[1] if prompt["attention_mask"] is None else prompt["attention_mask"].shape[-1]
+        modality = self._modalities(prompt["input_ids"], prompt["mm_token_type_ids"])
+        self._modality = modality if modality is not None and modality.shape[1] == length else None
+        protect = self.protect
+        if protect is not None:  # made for the first prompt; nothing after it is protected
+            protect = F.pad(protect, (0, max(0, length - protect.shape[-1])))
+        cache.expect(length, modality=self._protected_modality, protect=protect)
         self.last = cache
         return cache
 
+    @property
+    def _protected_modality(self) -> Tensor | None:
+        return self._modality if self.pipeline.select.protect else None
+
     def _generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError("continuous batching (generate_batch) has a paged cache of its own that mmkv cannot compress; use generate")
+        raise ValueError(
+            "continuous batching (generate_batch) has a paged cache of its own that mmkv cannot compress; use generate"
+        )
 
     def _check_compressed(self, cache: CompressedCache) -> None:
-        waiting = [layer.layer_idx for layer in cache.compressed_layers if layer.reading]
+        waiting = [layer.layer_idx for layer in cache.compressed_layers if layer.is_initialized and layer.reading]
         if waiting and cache.get_seq_length() >= cache.request.prompt_end:
-            raise RuntimeError(f"the attention of layers {waiting} never went through mmkv; this model cannot be compressed")
+            raise RuntimeError(
+                f"the attention of layers {waiting} never went through mmkv; this model cannot be compressed"
+            )
 
     def _modalities(self, input_ids: Tensor | None, token_types: Tensor | None) -> Tensor | None:
         """[B, N] int8: 0 text, 1 image, 2 video; None when it cannot be told."""
@@ -179,6 +210,3 @@ class Session:
             if token is not None:
                 found[input_ids == token] = value
         return found
-
-
-_WRAPPED = ("generate", "generate_batch")

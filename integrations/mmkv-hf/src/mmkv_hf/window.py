@@ -9,6 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def sees_itself(mask: Tensor, start: int) -> Tensor:
+    """[B, n] bool: which queries at positions start.. of mask [B, 1, n, S] are no padding."""
+    return mask[:, 0, :, start : start + mask.shape[2]].diagonal(dim1=1, dim2=2)
+
+
 @dataclass(frozen=True, slots=True)
 class WindowRows:
     """The last real queries seen so far.
@@ -29,8 +34,7 @@ class WindowRows:
         batch, _, count, _ = queries.shape
         positions = torch.arange(start, start + count, device=queries.device).expand(batch, count)
         if mask is not None:
-            own = mask[:, 0].expand(batch, -1, -1).gather(2, positions[..., None])[..., 0]
-            positions = positions.masked_fill(~own, -1)
+            positions = positions.masked_fill(~sees_itself(mask, start), -1)
         return cls(queries, positions, mask).last(size)
 
     def then(self, new: WindowRows, size: int) -> WindowRows:
@@ -65,7 +69,9 @@ class WindowRows:
             mask = None if self.mask is None else self.mask[:, :, -size:].clone()
             return WindowRows(self.queries[:, :, -size:].clone(), self.positions[:, -size:].clone(), mask)
         order = (self.positions >= 0).to(torch.int8).sort(dim=1, stable=True).indices[:, -size:]
-        queries = self.queries.gather(2, order[:, None, :, None].expand(-1, self.queries.shape[1], -1, self.queries.shape[3]))
+        queries = self.queries.gather(
+            2, order[:, None, :, None].expand(-1, self.queries.shape[1], -1, self.queries.shape[3])
+        )
         mask = self.mask.expand(order.shape[0], -1, -1, -1)
         mask = mask.gather(2, order[:, None, :, None].expand(-1, 1, -1, mask.shape[3]))
         return WindowRows(queries, self.positions.gather(1, order), mask)

@@ -48,7 +48,8 @@ class MaskedDense:
 
     Run the model inside with its stock cache (or none given to `generate`). Several rounds may be given, as for a
     second turn; what one of them evicted stays evicted. Grouped rows (beams, `num_return_sequences`) use their
-    prompt's `keep`. Layers that borrow keys (Gemma 3n and 4) use the lending layer's. Attention runs in float32.
+    prompt's `keep`. Layers that borrow keys (Gemma 3n and 4) use the lending layer's. Attention runs in float32, or
+    float64 for a model in float64, where rounding cannot hide a difference.
 
     Example:
         >>> with MaskedDense(model, keep, from_query=prompt_length):
@@ -133,7 +134,7 @@ def random_keep(
 def dense_attention(
     query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float, cap: float | None
 ) -> Tensor:
-    """Attention [B, Hq, q, D] in float32; a query that sees nothing yields zeros.
+    """Attention [B, Hq, q, D] in float32 (float64 for float64); a query that sees nothing yields zeros.
 
     Args:
         query: [B, Hq, q, D].
@@ -144,12 +145,13 @@ def dense_attention(
         cap: Logits are bent to (-cap, cap) before masking, or None.
     """
     batch, heads = key.shape[:2]
-    grouped = query.float().reshape(batch, heads, -1, *query.shape[-2:])
-    logits = torch.einsum("bhgqd,bhkd->bhgqk", grouped, key.float()) * scaling
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.to(dtype).reshape(batch, heads, -1, *query.shape[-2:])
+    logits = torch.einsum("bhgqd,bhkd->bhgqk", grouped, key.to(dtype)) * scaling
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
     weights = logits.masked_fill(~visible[:, :, None], float("-inf")).softmax(-1).nan_to_num(0.0)
-    out = torch.einsum("bhgqk,bhkd->bhgqd", weights, value.float())
+    out = torch.einsum("bhgqk,bhkd->bhgqd", weights, value.to(dtype))
     return out.reshape(*query.shape[:-1], value.shape[-1]).to(query.dtype)
 
 
