@@ -142,7 +142,9 @@ def _closure(name: str) -> set[str]:
     while queue:
         one = queue.pop()
         found.add(one)
-        queue += [d for d in map(_distribution, META[FOLDER[one]].get("dependencies", [])) if d in FOLDER and d not in found]
+        queue += [
+            d for d in map(_distribution, META[FOLDER[one]].get("dependencies", [])) if d in FOLDER and d not in found
+        ]
     return found
 
 

@@ -1,9 +1,8 @@
 """The command line; answers of a real model are tested with the bundled one, in mmkv-testbed."""
 
 import pytest
-from typer.testing import CliRunner
-
 from mmkv_hf.cli import app
+from typer.testing import CliRunner
 
 run = CliRunner().invoke
 

@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
 from mmkv_hf import LayerReport, Report
 from mmkv_hf.plot import plot_kept
+from PIL import Image
 
 
 def report(columns, kept):

@@ -12,7 +12,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ._compat import ATTENTION
-from .layers import CompressedLayer, CrossLayer, layer_of
+from .cross import CrossLayer
+from .layers import CompressedLayer, layer_of
 
 
 def attention_forward(

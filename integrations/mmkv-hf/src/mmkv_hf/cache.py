@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ._compat import cross_layers, is_full_attention, last_readers, template_layers, text_config
-from .layers import CompressedLayer, CrossLayer
+from .cross import CrossLayer
+from .layers import CompressedLayer
 from .request import Group, Request
 
 

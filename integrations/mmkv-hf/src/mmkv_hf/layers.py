@@ -91,7 +91,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.seen += key_states.shape[-2]
         request.seen = self.seen
         request.pending = self.layer_idx if self.prefix is not None or self.reading else None
-        return _marked(self.keys, self), self.values
+        return marked(self.keys, self), self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns a mask needs, and the logical column of the first; logical unless the form is uniform."""
@@ -271,7 +271,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
             return
         keys, _, slots = self._prompt_entries(seen)
         rows = WindowRows.of(query, seen - query.shape[-2], mask, query.shape[-2])
-        sums, counts = column_sums(query, keys, scaling=scaling, mask=rows.sees(slots), softcap=softcap)
+        sums, counts = column_sums(query, keys, scaling=scaling, mask=self._sees(rows, slots), softcap=softcap)
         if self._sums is not None:
             before = (F.pad(x, (0, sums.shape[-1] - x.shape[-1])) for x in self._sums)
             sums, counts = (now + then for now, then in zip((sums, counts), before, strict=True))
@@ -352,31 +352,35 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         return last if named is None else last | at_slots(named, slots)
 
     def _window(self, keys: Tensor, slots: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The last queries and what they saw (None: causal and nothing padded)."""
-        rows = self._rows
-        if rows is None:
+        """The last queries and what they saw."""
+        if self._rows is None:
             return keys.new_zeros(*keys.shape[:2], 0, keys.shape[-1]), None
+        return self._rows.queries, self._sees(self._rows, slots)
+
+    def _sees(self, rows: WindowRows, slots: Tensor) -> Tensor | None:
+        """[B, H or 1, W, N] bool, or None: causal, nothing padded, and the rows are the last entries."""
         plain = rows.mask is None and self.prefix is None and self.slots is None
-        return rows.queries, None if plain else rows.sees(slots)
+        return None if plain else rows.sees(slots)
 
     def _store(self, keys: Tensor, values: Tensor, slots: Tensor, kept: Kept, padding: Tensor) -> None:
-        prefix = compact(keys, values, slots, kept.below(kept.size - 1))
+        before = kept.below(kept.size - 1)
         start = self.keys.shape[2] - 1 - (self.seen - self.group.request.prompt_end)
         tail_keys, tail_values = self.keys[:, :, start:].clone(), self.values[:, :, start:].clone()
-        if self._uniform(prefix, kept):
-            shape = (*prefix.shape, int(prefix.lengths.flatten()[0]))
-            self.prefix, self.slots, self.padding = None, prefix.slots.view(shape), padding
-            self.keys = torch.cat([prefix.keys.view(*shape, -1), tail_keys], dim=2)
-            self.values = torch.cat([prefix.values.view(*shape, -1), tail_values], dim=2)
+        if self._uniform(before, kept):
+            held = compact(keys, values, slots, kept)  # with the last prompt token, which saves joining them
+            shape = (*held.shape, int(kept.lengths.flatten()[0]))
+            self.prefix, self.slots, self.padding = None, held.slots.view(shape)[..., :-1].clone(), padding
+            self.keys = _appended(held.keys.view(*shape, -1), tail_keys[:, :, 1:])
+            self.values = _appended(held.values.view(*shape, -1), tail_values[:, :, 1:])
         else:
-            self.prefix, self.slots, self.padding = prefix, None, None
+            self.prefix, self.slots, self.padding = compact(keys, values, slots, before), None, None
             self.keys, self.values = tail_keys, tail_values
 
-    def _uniform(self, prefix: RaggedKV, kept: Kept) -> bool:
+    def _uniform(self, before: Kept, kept: Kept) -> bool:
         """Whether the whole cache is uniform, which its first layer decides; the tail has to belong to every row."""
         group = self.group
         if group.uniform is None:
-            equal = all(bool((x == x.flatten()[0]).all()) for x in (prefix.lengths, kept.lengths))
+            equal = bool((kept.lengths == kept.lengths.flatten()[0]).all() & (before.lengths + 1 == kept.lengths).all())
             group.uniform = equal and group.pipeline.counts == "equal" and group.num_layers == group.all_layers
         return group.uniform
 
@@ -396,113 +400,8 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.prefix = None if self.prefix is None else ragged(self.prefix)
 
 
-class CrossLayer(CompressedLayer):
-    """A cross-attention layer of Mllama: filled once from the image, then read as `.keys` without an `update`.
-
-    Its entries are image tokens, so nothing is recent: no entry is protected and there is no tail.
-    """
-
-    _dense = ("_keys", "_values")
-
-    def _empty(self) -> None:
-        super()._empty()
-        self._full = self._images = 0
-
-    @property  # type: ignore[override]
-    def keys(self) -> Tensor | None:
-        """What is held, marked so that attention finds this layer; never empty, as Mllama asks for its size."""
-        held = self._keys if self.prefix is None else self.prefix.keys[None, None]
-        return None if held is None else _marked(held, self)
-
-    @keys.setter
-    def keys(self, value: Tensor | None) -> None:
-        self._keys = value
-
-    @property  # type: ignore[override]
-    def values(self) -> Tensor | None:
-        """See `keys`."""
-        return self._values if self.prefix is None else self.prefix.values[None, None]
-
-    @values.setter
-    def values(self, value: Tensor | None) -> None:
-        self._values = value
-
-    @property
-    def reading(self) -> bool:
-        """Whether the prompt that brought the image is still being read."""
-        return self.is_initialized and not self._done_at
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Takes the keys and values of the image."""
-        if self.is_initialized:
-            raise RuntimeError(
-                "a CompressedCache takes the images of a cross-attention model once, with the first prompt"
-            )
-        self._keys, self._values, self.is_initialized = key_states, value_states, True
-        self._full, self._images = key_states.nbytes + value_states.nbytes, key_states.shape[2]
-        self.dtype, self.device = key_states.dtype, key_states.device
-        return self.keys, self.values  # type: ignore[return-value]
-
-    def get_seq_length(self) -> int:
-        """Text tokens that have read this layer."""
-        return self.group.request.seen if self.is_initialized else 0
-
-    @property
-    def bytes_full(self) -> int:
-        """Bytes a stock layer would hold for the images."""
-        return self._full
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Nothing: text tokens are not in here."""
-
-    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Image keys, values and their columns; see `CompressedLayer.entries`."""
-        if self.prefix is not None:
-            return self.prefix.padded()
-        assert self._keys is not None
-        assert self._values is not None
-        columns = torch.arange(self._keys.shape[2], device=self._keys.device)
-        return self._keys, self._values, columns[None, None].expand(self._keys.shape[0], -1, -1)
-
-    def observe(self, reader: int, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> None:
-        """Takes in text queries; compresses once the prompt has been read. mask [B, 1, n, images' tokens] or None."""
-        if mask is None:
-            mask = query.new_ones(query.shape[0], 1, query.shape[2], self._images, dtype=torch.bool)
-        request = self.group.request
-        positions = mask[:, 0].any(-1).long() - 1
-        if request.padding is not None:  # Mllama lets padding see every image
-            positions = positions.masked_fill(request.padding, -1)
-        rows = WindowRows(query.detach(), positions, mask)
-        self._rows = (rows if self._rows is None else self._rows.then(rows, self._size)).last(self._size)
-        if self.layer_idx == request.last_layer:
-            request.padding = None
-        if request.seen >= request.prompt_end:
-            self._compress(mask[:, 0].any(1), scaling, softcap)
-
-    @property
-    def kept(self) -> Tensor | None:
-        """[B, H] int64, image entries that are held; None while all are."""
-        return None if self.prefix is None else self.prefix.lengths
-
-    @property
-    def _size(self) -> int:
-        return max(1, self.group.pipeline.window)
-
-    def _prompt_entries(self, seen: int) -> tuple[Tensor, Tensor, Tensor]:
-        return self.entries()
-
-    def _columns(self, slots: Tensor) -> int:
-        return self._images
-
-    def _protect(self, slots: Tensor) -> Tensor | None:
-        return None
-
-    def _store(self, keys: Tensor, values: Tensor, slots: Tensor, kept: Kept, padding: Tensor) -> None:
-        self.prefix = compact(keys, values, slots, kept)
-        self._keys = self._values = None
-
-
-def _marked(keys: Tensor, layer: CompressedLayer) -> Tensor:
+def marked(keys: Tensor, layer: CompressedLayer) -> Tensor:
+    """A view of `keys` from which attention finds `layer`."""
     keys = keys.view_as(keys)
     setattr(keys, _HANDLE, weakref.ref(layer))  # weak: layer -> keys -> layer would keep memory until a gc run
     return keys
@@ -511,5 +410,5 @@ def _marked(keys: Tensor, layer: CompressedLayer) -> Tensor:
 def _appended(held: Tensor, new: Tensor) -> Tensor:
     """held + new along the tokens; the first tokens are taken as they are unless they would pin a larger buffer."""
     if held.shape[2]:
-        return torch.cat([held, new], dim=2)
+        return torch.cat([held, new], dim=2) if new.shape[2] else held
     return new if new.untyped_storage().nbytes() == new.nbytes else new.clone()

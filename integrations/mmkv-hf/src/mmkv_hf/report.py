@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .cache import CompressedCache
-from .layers import CompressedLayer, CrossLayer
+from .cross import CrossLayer
+from .layers import CompressedLayer
 
 _NAMES = ("text", "image", "video")
 

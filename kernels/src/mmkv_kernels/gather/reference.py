@@ -57,7 +57,7 @@ class _Places(NamedTuple):
 
 
 def _dense(tensor: Tensor, owners: Tensor, columns: Tensor) -> Tensor:
-    """Rows (owner, column) of [B, H, N, D], also of a view such as [B, N, H, D] transposed, without a copy of the whole.
+    """Rows (owner, column) of [B, H, N, D], also of a view such as [B, N, H, D] transposed, without copying it whole.
 
     Rows are numbered by where they lie in memory: index_select is several times faster than an index per dimension.
     """
