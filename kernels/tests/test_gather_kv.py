@@ -130,3 +130,16 @@ def test_wrong_types_and_prefixes():
             cu,
             prefix=(torch.zeros(3, 4), torch.zeros(3, 4), torch.tensor([0, 1, 3])),
         )
+
+
+@pytest.mark.parametrize("size", [64, 72, 80, 96, 128, 256])
+@pytest.mark.parametrize("new", [1, 5])
+def test_appending_where_the_flattened_cache_kernels_lose_rows(kit, size, new):
+    """Published append kernels drop rows when length x D passes a multiple of 131072 elements by less than D."""
+    edge = 131072 // size
+    lengths = [edge - 1, edge, edge + 1, 1]
+    prefix = (kit.randn(sum(lengths), size, seed=2), kit.randn(sum(lengths), size, seed=3), offsets(lengths))
+    grown = [n + new for n in lengths]
+    columns = torch.cat([torch.arange(n) for n in grown])
+    tail = kit.randn(2, 2, new, size), kit.randn(2, 2, new, size, seed=1)
+    check(kit, *tail, columns, grown, prefix, lengths)

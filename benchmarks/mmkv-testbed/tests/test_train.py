@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from mmkv_testbed import make_sample
+from mmkv_testbed.batches import Stage, make_batch, normalised
 from mmkv_testbed.glyphs import GLYPHS, bitmaps
 from mmkv_testbed.model import build_model, cell_features
 from mmkv_testbed.processor import build_processor
-from mmkv_testbed.train import Recipe, Stage, Trainer, _normalised, make_batch
+from mmkv_testbed.train import Recipe, Trainer
 from mmkv_testbed.vocabulary import COLOURS, WORDS
 
 SMALL = Stage(8, 7, 7, 3, 5, suffix=4, auxiliary=1.0)
@@ -51,7 +52,7 @@ def test_cell_features_are_the_stock_image_features():
     stock = build_processor()(images=sample.image, text=sample.prompt, return_tensors="pt")
     cells = np.asarray(sample.image).reshape(24, 8, 24, 8, 3).transpose(0, 2, 1, 3, 4)
     with torch.no_grad():
-        ours = cell_features(model, torch.from_numpy(_normalised(cells))[None], torch.arange(576))
+        ours = cell_features(model, torch.from_numpy(normalised(cells))[None], torch.arange(576))
         theirs = torch.stack(list(model.get_image_features(stock["pixel_values"]).pooler_output))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 

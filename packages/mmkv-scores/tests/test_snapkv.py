@@ -132,3 +132,16 @@ def test_half_precision_is_scored_in_float32(prompt, observe, attention, dtype):
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         SnapKV(**settings)
+
+
+def test_the_group_is_reduced_before_the_pool(prompt, observe, attention):
+    """With a max pool the order matters: kvpress pools first and so keeps other entries."""
+    p = prompt(40, seed=5, heads=2, group=4)
+    scorer = SnapKV(window=4, kernel=7, pooling="max")
+    rank = scorer(observe(p, window=4), CAPACITY, Trace()).rank[0, :, :-4]
+    causal = np.tril(np.ones((40, 40), dtype=bool))[36:]
+    per_query_head = attention(p.queries[:, 36:], p.keys, causal, p.keys.shape[-1] ** -0.5).mean(1)[:, :36]
+    after = np.stack([pooled(row, 7, "max") for row in per_query_head]).reshape(2, 4, 36).mean(1)
+    check(rank, oracle(attention, p, scorer)[0])
+    ours, theirs = rank.topk(8).indices, torch.from_numpy(after).topk(8).indices
+    assert any(set(a.tolist()) != set(b.tolist()) for a, b in zip(ours, theirs, strict=True))

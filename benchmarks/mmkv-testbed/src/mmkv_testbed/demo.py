@@ -1,4 +1,4 @@
-"""What compression costs on the testbed: `python -m mmkv_testbed.demo --pages 120 --out DIR`.
+"""What compression costs on the testbed: `python -m mmkv_testbed.demo`.
 
 Every answer token, the first one too, is generated from the compressed cache: a forward pass over the prompt fills and
 compresses the cache, the last prompt token is cropped off, and `generate` runs it again on what is left.
@@ -208,7 +208,9 @@ def _picture(sample: Sample, kept: Kept, lines: Sequence[Line], out: Path) -> No
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m mmkv_testbed.demo", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for results.txt, results.json and kept.png")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo-output"), help="folder for results.txt, results.json and kept.png"
+    )
     parser.add_argument("--pages", type=int, default=100)
     parser.add_argument("--task", type=Task, choices=list(Task), default=Task.DESCRIBE)
     parser.add_argument("--suffix", type=int, default=MAX_SUFFIX, help="filler tokens between question and answer")
@@ -244,6 +246,7 @@ def main() -> None:
     results = {"protocol": PROTOCOL, "setting": _setting(options), "lines": [line.to_dict() for line in lines]}
     (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     _picture(samples[0], kept, lines, options.out / "kept.png")
+    print(f"wrote results.txt, results.json and kept.png (the vision tokens that were kept) to {options.out}")
 
 
 if __name__ == "__main__":

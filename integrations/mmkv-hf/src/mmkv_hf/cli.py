@@ -58,8 +58,10 @@ def _generate(
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from . import Pipeline, compress
+    from .cache import checked_budget
 
-    method, size = Pipeline.parse(pipeline), _number(budget)  # wrong settings fail before the weights are read
+    method = Pipeline.parse(pipeline)
+    size = checked_budget(method, _number(budget))  # wrong settings fail before the weights are read
     images = [Image.open(path).convert("RGB") for path in paths]
     processor = AutoProcessor.from_pretrained(name)
     model = AutoModelForImageTextToText.from_pretrained(name)
@@ -85,10 +87,15 @@ def _number(budget: str) -> int | float:
 
 
 def _text(processor: Any, prompt: str, images: int) -> str:
-    """The prompt with its image placeholders, in the model's chat form where it has one."""
+    """The prompt with its image placeholders, in the model's chat form where it has one.
+
+    A prompt that places the images itself is taken as it is.
+    """
+    token = getattr(processor, "image_token", "<image>")
+    if token in prompt:
+        return prompt
     if getattr(processor, "chat_template", None):
         content: list[dict[str, str]] = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         return str(text)
-    token = getattr(processor, "image_token", "<image>")
-    return prompt if token in prompt else f"{token} " * images + prompt
+    return f"{token} " * images + prompt
