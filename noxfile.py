@@ -5,6 +5,8 @@ from __future__ import annotations
 import pathlib
 import shutil
 import tomllib
+import zipfile
+from collections.abc import Iterable
 
 import nox
 
@@ -39,12 +41,13 @@ def install_tree(session: nox.Session) -> None:
     session.install("--no-build-isolation", "--no-deps", *(a for path in PROJECTS for a in ("-e", str(path))))
 
 
-def third_party() -> list[str]:
-    """What our packages and their extras need, without each other."""
+def third_party(names: Iterable[str] = FOLDER, *, extras: bool = True) -> list[str]:
+    """What these packages of ours (and their extras but triton, which only GPUs need) take from others."""
     needed: set[str] = set()
-    for meta in META.values():
-        extras = [r for name, group in meta.get("optional-dependencies", {}).items() if name != "triton" for r in group]
-        needed |= {r for r in [*meta.get("dependencies", []), *extras] if not r.startswith("mmkv-")}
+    for meta in (META[FOLDER[name]] for name in names):
+        groups = meta.get("optional-dependencies", {}) if extras else {}
+        optional = [requirement for name, group in groups.items() if name != "triton" for requirement in group]
+        needed |= {r for r in [*meta.get("dependencies", []), *optional] if not r.startswith("mmkv-")}
     return sorted(needed)
 
 
@@ -108,25 +111,31 @@ def hf(session: nox.Session, transformers: str) -> None:
 
 @nox.session
 def wheels(session: nox.Session) -> None:
-    """Builds every wheel; each is installed with only its own mmkv dependencies and imported."""
+    """Builds every wheel; each is imported with its declared dependencies and nothing else installed.
+
+    One environment serves all: wheels come in the order of what they need, so it never holds more than the next one
+    declares. Our own distributions come from dist/ alone.
+    """
     dist = ROOT / "dist"
     shutil.rmtree(dist, ignore_errors=True)
-    third = [requirement for requirement in third_party() if not requirement.startswith("torch")]
     session.install(TORCH)
-    session.install("build", "hatchling>=1.26", *third, "-c", str(CONSTRAINTS))
+    session.install("build", "hatchling>=1.26", "-c", str(CONSTRAINTS))
     for path in PROJECTS:
         session.run("python", "-m", "build", "--no-isolation", "--wheel", "--outdir", str(dist), str(path), silent=True)
-    for name in FOLDER:
+    for name in sorted(FOLDER, key=lambda name: len(third_party(_closure(name), extras=False))):
         session.run("python", "-m", "pip", "uninstall", "-q", "-y", *FOLDER, silent=True)
+        _check_contents(session, next(dist.glob(f"{MODULE[name]}-*.whl")), MODULE[name])
+        session.install(*third_party(_closure(name), extras=False), "-c", str(CONSTRAINTS))
         session.install("--no-index", "--no-deps", "--find-links", str(dist), *sorted(_closure(name)))
         session.run("python", "-c", f"import {MODULE[name]} as m; print(m.__name__, 'imports from its wheel')")
+    session.run("python", "-m", "pip", "check")
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation site, strict."""
     session.install("mkdocs-material", "mkdocstrings[python]", "-c", str(CONSTRAINTS))
-    session.run("mkdocs", "build", "--strict", "--quiet")
+    session.run("mkdocs", "build", "--strict")
 
 
 @nox.session(name="train")
@@ -146,6 +155,17 @@ def _closure(name: str) -> set[str]:
             d for d in map(_distribution, META[FOLDER[one]].get("dependencies", [])) if d in FOLDER and d not in found
         ]
     return found
+
+
+def _check_contents(session: nox.Session, wheel: pathlib.Path, module: str) -> None:
+    """A wheel holds its module, its metadata and licence, and nothing left behind by an editor or a patch."""
+    names = zipfile.ZipFile(wheel).namelist()
+    suffixes = {".py", ".typed", ".json", ".jinja", ".safetensors"}
+    content = [pathlib.PurePath(n) for n in names if ".dist-info/" not in n]
+    stray = [str(n) for n in content if n.parts[0] != module or n.suffix not in suffixes]
+    missing = [n for n in (f"{module}/py.typed", "licenses/LICENSE") if not any(found.endswith(n) for found in names)]
+    if stray or missing:
+        session.error(f"{wheel.name}: stray {stray}, missing {missing}")
 
 
 def _distribution(requirement: str) -> str:

@@ -1,10 +1,15 @@
 """`mmkv generate` on the bundled model, as a user types it."""
 
 import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from mmkv_hf.cli import app
-from mmkv_testbed import make_samples, model_path
+from mmkv_hf.cli import _inputs, app
+from mmkv_testbed import load, make_samples, model_path
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -26,6 +31,43 @@ def test_reads_a_value_from_a_compressed_cache_and_draws_what_it_kept(page, tmp_
     assert out.exit_code == 0, out.output
     assert sample.answer in out.output
     assert "budget 128 tokens" in out.output
+    assert Image.open(tmp_path / "kept.png").size[0] > 100
+
+
+@pytest.mark.parametrize("start", ["", "{{ bos_token }}", "{{ bos_token + ' ' }}"])
+def test_the_prompt_has_one_bos(page, start):
+    sample, image = page
+    processor = load()[1]
+    processor.chat_template = start + processor.chat_template
+    words = processor.batch_decode(_inputs(processor, "value of K ?", [Image.open(image)])["input_ids"])[0].split()
+    assert words == ["<bos>", *["<image>"] * 576, "value", "of", "K", "?", "answer", ":"]
+    assert words.count("<bos>") == 1
+    given = _inputs(processor, f"<bos> {sample.prompt}", [Image.open(image)])["input_ids"]
+    assert (given == processor.tokenizer.bos_token_id).sum() == 1
+
+
+def test_a_picture_that_fails_leaves_the_answer(page, tmp_path):
+    sample, _ = page
+    wide = sample.image.resize((400, 192))  # the processor squeezes it into a square
+    wide.save(tmp_path / "wide.png")
+    out = run("--image", str(tmp_path / "wide.png"), "--prompt", sample.prompt, "--plot", str(tmp_path / "kept.png"))
+    assert out.exit_code == 1
+    assert "cache: " in out.output
+    assert "as the processor cropped it" in " ".join(out.output.split())
+    assert "Traceback" not in out.output
+
+
+def test_the_readme_from_a_shell(tmp_path):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    section = readme.partition("## One page, by hand")[2].partition("\n## ")[0]
+    script = re.search(r"```sh\n(.*?)```", section, re.DOTALL)[1]
+    answer = re.search(r"The answer is `(.*?)`", section)[1]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        ["sh", "-ec", script], cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == answer
     assert Image.open(tmp_path / "kept.png").size[0] > 100
 
 

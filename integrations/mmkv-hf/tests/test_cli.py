@@ -20,7 +20,12 @@ def test_methods_lists_every_registered_name():
     [
         (["--pipeline", "adakw"], "did you mean 'adakv'"),
         (["--budget", "many"], "not 'many'"),
-        (["--model", "nowhere/at/all"], "nowhere/at/all"),
+        (["--model", "nowhere/at/all"], "no such folder, and not a model name: nowhere/at/all"),
+        (["--model", "[red]x[/red]"], "not a model name: [red]x[/red]"),
+        (["--prompt", "  "], "the prompt is empty"),
+        (["--plot", "kept.txt", "--image", "page.png"], "the suffix is one of"),
+        (["--plot", "no/kept.png", "--image", "page.png"], "there is no folder no"),
+        (["--plot", "kept.png"], "give --image too"),
         (["--image", "missing.png"], "missing.png"),
     ],
 )

@@ -48,9 +48,10 @@ def test_ragged_cache_computes_what_a_masked_dense_one_does(kit, name, is_padded
 
 @pytest.mark.parametrize("name", NAMES)
 def test_float32_is_within_rounding(kit, name):
-    """2e-6 of the largest logit, or, in one sharp family, what sdpa and explicit attention differ by uncompressed.
+    """2e-6 of the largest logit, plus what sdpa and explicit attention differ by uncompressed.
 
-    Float64 above shows that it is nothing but rounding.
+    Both sides carry that second rounding, which in one sharp family exceeds the first, so the bound is their sum, not
+    the larger. Float64 above shows that it is nothing but rounding.
     """
     model, inputs = kit.padded(name)
     stock = kit.decode(model, inputs)
@@ -60,7 +61,7 @@ def test_float32_is_within_rounding(kit, name):
         explicit = kit.decode(model, inputs, stock.tokens)
     floor = kit.difference(stock.logits, explicit.logits)
     assert floor < 2e-5
-    assert kit.difference(out.logits, expected.logits) < max(2e-6 * float(expected.logits.abs().max()), floor)
+    assert kit.difference(out.logits, expected.logits) < 2e-6 * float(expected.logits.abs().max()) + floor
 
 
 @pytest.mark.parametrize("name", NAMES)

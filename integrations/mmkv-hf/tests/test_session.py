@@ -144,6 +144,23 @@ def test_report(kit):
     assert "adakv" in str(report)
 
 
+def test_padding_is_not_reported_as_kept(kit):
+    model, inputs = kit.padded("llava")
+    real = inputs["attention_mask"].sum(1)
+    with compress(model, kit.PIPELINE, 500) as session:
+        model.generate(**inputs, max_new_tokens=2, num_beams=2, do_sample=False)
+        generated = session.report()
+        with torch.no_grad():
+            model(**inputs, past_key_values=session.cache(**inputs))
+        looped = session.report()
+        kit.decode(model, kit.conversation(inputs, kit.words(2, 2), kit.words(2, 2)), 2, past_key_values=session.last)
+        longer = session.report()
+    for made, rows in ((generated, real.repeat_interleave(2)), (looped, real), (longer, real + 4)):
+        for layer in made.layers:
+            assert layer.kept == [[count] * len(layer.kept[0]) for count in rows.tolist()]
+            assert layer.share["image"] == pytest.approx(16 * len(rows) / int(rows.sum()))
+
+
 # -- bad input
 
 
@@ -380,3 +397,55 @@ def test_half_precision(kit):
         expected = kit.masked(model, inputs, stock.tokens, cache.kept_masks())
         scale = float(expected.logits.abs().max())
         assert kit.difference(out.logits.float(), expected.logits.float()) < 16 * torch.finfo(dtype).eps * scale
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_cache_broken_in_the_middle_of_a_pass_is_refused(kit, steps):
+    tiny = kit.vlm("llava")
+    layer = tiny.model.get_decoder().layers[1].mlp
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with torch.no_grad(), compress(tiny.model, kit.PIPELINE, kit.BUDGET) as session:
+        cache = session.cache(**tiny.inputs)
+        passes = [dict(tiny.inputs)] + [{"input_ids": torch.tensor([[4]])}] * 2
+        for inputs in passes[:steps]:
+            tiny.model(**inputs, past_key_values=cache, use_cache=True)
+        hook = layer.register_forward_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.model(**passes[steps], past_key_values=cache, use_cache=True)
+        hook.remove()
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="make a new one"):
+                tiny.model(**passes[-1], past_key_values=cache, use_cache=True)
+
+
+def test_the_setting_is_restored_when_generate_was_taken_away(kit):
+    tiny = kit.vlm("llava")
+    before = tiny.model.config.get_text_config(decoder=True)._attn_implementation
+    with compress(tiny.model, kit.PIPELINE, kit.BUDGET):
+        del tiny.model.generate
+    assert tiny.model.config.get_text_config(decoder=True)._attn_implementation == before
+    assert not {"generate", "generate_batch"} & vars(tiny.model).keys()
+
+
+def test_a_wrapped_generate_does_not_hide_an_open_session(kit):
+    tiny = kit.vlm("llava")
+    with compress(tiny.model, kit.PIPELINE, kit.BUDGET):
+        inner = tiny.model.generate
+        tiny.model.generate = lambda *a, **k: inner(*a, **k)
+        with pytest.raises(RuntimeError, match="nested"), compress(tiny.model, kit.PIPELINE, kit.BUDGET):
+            pass
+
+
+def test_a_table_leaves_no_image_layer_uncompressed(kit):
+    """A table has no rows for Mllama's image layers; they share their budget equally."""
+    tiny = kit.vlm("mllama")
+    heads = tiny.text_config.num_key_value_heads
+    pipeline = Pipeline(score=SnapKV(window=8), heads=SparseMM([[1.0] * heads] * 2))
+    with torch.no_grad(), compress(tiny.model, pipeline, 20) as session:
+        tiny.model.generate(**tiny.inputs, max_new_tokens=2)
+    kept = {layer.layer: layer.kept for layer in session.report().layers}
+    assert set(kept) == {0, 1, 2, 3}
+    assert all(kept[i] == [[20] * heads] for i in (1, 3))

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from mmkv_hf import Budget, Pipeline, compress
+from mmkv_hf._compat import CHUNKS_LATER_TURNS
 from mmkv_scores import Observation
 from mmkv_testkit.oracle import MaskedDense, Round
 from torch.nn.functional import pad as widen
@@ -203,15 +204,40 @@ def test_second_turn_of_a_padded_row_is_that_of_the_row_alone(kit, pipeline):
             assert kit.difference(together[-1][i : i + 1], alone[-1]) < EXACT
 
 
+def stock_in_chunks(kit, model, inputs, answer, **settings):
+    """Asserts that a second turn in chunks is, on the stock cache, the turn at once."""
+    turn, logits = kit.conversation(inputs, answer, kit.words(len(answer), 11)), []
+    for given in ({}, settings):
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        kit.decode(model, inputs, answer, past_key_values=cache)
+        logits.append(kit.decode(model, turn, answer, past_key_values=cache, **given).logits)
+    assert kit.difference(*logits) < EXACT, "a second turn in chunks is not the turn at once"
+
+
 @pytest.mark.parametrize("pipeline", [RAGGED, UNIFORM])
 @pytest.mark.parametrize("settings", [{"prefill_chunk_size": 4}, {"prefill_chunk_size": 1}])
 def test_second_turn_in_chunks(kit, pipeline, settings):
     model, inputs = kit.padded("llama", F64)
     answers = answers_of(kit, 2)
+    kit.stock_or_skip(lambda: stock_in_chunks(kit, model, inputs, answers[0], **settings))
     whole, kept, *_ = talk(kit, model, inputs, pipeline, kit.BUDGET, answers)
     parts, again, *_ = talk(kit, model, inputs, pipeline, kit.BUDGET, answers, **settings)
     assert all(kit.difference(a, b) < EXACT for a, b in zip(whole, parts, strict=True))
     assert all(torch.equal(a[i], b[i]) for a, b in zip(kept, again, strict=True) for i in a)
+
+
+def test_chunks_of_a_second_turn_are_refused_where_stock_gets_them_wrong(kit, monkeypatch):
+    model, inputs = kit.padded("llama", F64)
+    answers = answers_of(kit, 2)
+    try:
+        stock_in_chunks(kit, model, inputs, answers[0], prefill_chunk_size=4)
+        stock_is_right = True
+    except Exception:
+        stock_is_right = False
+    assert stock_is_right == CHUNKS_LATER_TURNS
+    monkeypatch.setattr("mmkv_hf.session.CHUNKS_LATER_TURNS", False)
+    with pytest.raises(ValueError, match="prefill_chunk_size cannot be used"):
+        talk(kit, model, inputs, RAGGED, kit.BUDGET, answers, prefill_chunk_size=4)
 
 
 @pytest.mark.parametrize("pipeline", [RAGGED, UNIFORM])

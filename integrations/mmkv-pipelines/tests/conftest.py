@@ -75,7 +75,7 @@ def make_layer(requests, pads, layer, pipeline):
     if "column_sums" in pipeline.score.needs:
         every_query, full = last_rows(requests, pads, longest, layer)
         sums, counts = column_sums(every_query, keys, scaling=0.5, valid=valid, mask=full)
-    slots = torch.stack([row(torch.arange(r.length), *p, -1) for r, p in zip(requests, pads, strict=True)])[:, None]
+    slots = torch.arange(valid.shape[-1]).masked_fill(~valid, -1)  # logical columns: padding on the left counts
     modality = torch.stack([row(r.modality, *p, 1) for r, p in zip(requests, pads, strict=True)])[:, None]
     return Observation(
         queries=queries,
@@ -94,7 +94,7 @@ def make_layer(requests, pads, layer, pipeline):
     )
 
 
-def run_decide(pipeline, budget, *requests, pads=None, before_layer=None):
+def run_decide(pipeline, budget, *requests, pads=None, before_layer=None, bytes_per_token=None):
     """Kept real tokens: for each row a bool tensor [L, H, n]; and for each layer what `decide` returned.
 
     Args:
@@ -103,12 +103,13 @@ def run_decide(pipeline, budget, *requests, pads=None, before_layer=None):
         requests: the rows.
         pads: (left, right) of each; shorter rows are padded on the left unless given.
         before_layer: called with the round before every layer.
+        bytes_per_token: of a budget that was given in bytes.
     """
     pipeline = Pipeline.parse(pipeline)
     lengths = torch.tensor([r.length for r in requests])
     pads = pads or [(int(lengths.max()) - r.length, 0) for r in requests]
     budget = torch.tensor([budget] * len(requests) if isinstance(budget, int) else budget)
-    round_ = pipeline.start(budget, LAYERS, lengths)
+    round_ = pipeline.start(budget, LAYERS, lengths, bytes_per_token=bytes_per_token)
     protect = torch.stack([row(r.protect, *p, True) for r, p in zip(requests, pads, strict=True)])[:, None]
     rows, answers = [[] for _ in requests], []
     for layer in range(LAYERS):

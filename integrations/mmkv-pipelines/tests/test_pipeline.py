@@ -58,6 +58,36 @@ def test_a_function_will_do_for_layers():
     assert Pipeline(layers=half).counts == "static"
 
 
+@pytest.mark.parametrize("capacities", ["equal", "static"])
+def test_a_layer_rule_says_whether_capacities_differ(capacities):
+    class Mine:
+        def __call__(self, candidates, mean_capacity, layer, num_layers):
+            return mean_capacity.minimum(candidates)
+
+    Mine.capacities = capacities
+    assert Pipeline(layers=Mine()).counts == capacities
+    assert Pipeline(layers=Mine(), heads=AdaKV()).counts == "dynamic"
+
+
+@pytest.mark.parametrize(
+    ("text", "protected"),
+    [
+        ("snapkv(window=8)", 8),
+        ("snapkv+select(recent=4,sinks=2)", 6),
+        ("knorm", 0),
+        ("mixkv+bacon+snapkv(window=8)", 8),
+    ],
+)
+def test_the_released_pyramid_knows_the_protected_tokens(text, protected):
+    """Its regimes depend on them, so a wrong number would silently be another method."""
+    with pytest.raises(
+        ValueError, match=rf"PyramidKV\(exact=False, window=32\).*protects {protected}.*window={protected}\b"
+    ):
+        Pipeline.parse(f"pyramidkv(exact=false)+{text}")
+    Pipeline.parse(f"pyramidkv(exact=false,window={protected})+{text}")
+    Pipeline.parse(f"pyramidkv+{text}")
+
+
 @pytest.mark.parametrize(
     ("pipeline", "window", "least"),
     [

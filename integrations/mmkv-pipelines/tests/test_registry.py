@@ -1,9 +1,10 @@
 """Third parties' methods."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import pytest
+from mmkv_budget import AdaKV
 from mmkv_pipelines import Method, Pipeline, find, methods, register, registry
 from mmkv_scores import BACON, MixKV, Scores, SnapKV
 
@@ -30,6 +31,7 @@ class Reversed:
     scale: float = 1.0
     window = property(lambda self: self.inner.window)
     needs = property(lambda self: self.inner.needs)
+    is_attention: ClassVar[bool] = True
 
     def __call__(self, seen, capacity, trace):
         scores = self.inner(seen, capacity, trace)
@@ -82,3 +84,45 @@ def test_find_and_methods():
     )
     assert [m.name for m in methods()][:2] == ["snapkv", "tova"]
     assert all(m.summary for m in methods())
+
+
+@dataclass(frozen=True)
+class Doubled(Reversed):
+    """Another wrap, which must be told what to wrap."""
+
+    inner: object
+
+
+def test_nested_in_another_order_than_parsed_is_shown_by_repr():
+    register("reversed", "wrap", Reversed)
+    canonical, other = Pipeline(score=Reversed(MixKV())), Pipeline(score=MixKV(Reversed(SnapKV())))
+    assert str(canonical) == "reversed+mixkv"
+    assert Pipeline.parse(str(canonical)) == canonical
+    assert str(other) == repr(other.score)
+    assert str(replace(other, heads=AdaKV())) == f"adakv+{other.score!r}"
+
+
+def test_wraps_of_one_order_read_from_the_outside_in():
+    register("reversed", "wrap", Reversed)
+    register("doubled", "wrap", Doubled)
+    for score, text in ((Reversed(Doubled(SnapKV())), "reversed+doubled"), (Doubled(Reversed()), "doubled+reversed")):
+        assert str(Pipeline(score=score)) == text
+        assert Pipeline.parse(text).score == score
+
+
+def test_a_setting_without_a_text_is_shown_by_repr():
+    register("oldest", "score", Oldest)
+    for weight in (float("inf"), object()):
+        assert str(Pipeline(score=Oldest(weight))) == repr(Oldest(weight))
+
+
+@pytest.mark.parametrize("kind", ["scores", "", None, "Score"])
+def test_a_bad_kind(kind):
+    with pytest.raises(ValueError, match=rf"'oldest': kind is one of score, wrap, layers, heads, select, got {kind!r}"):
+        register("oldest", kind, Oldest)
+
+
+@pytest.mark.parametrize("factory", [Oldest(), lambda: Oldest(), dict, None, "Oldest"])
+def test_a_factory_that_is_no_dataclass(factory):
+    with pytest.raises(TypeError, match=r"'oldest': .* a dataclass, whose fields are its settings"):
+        register("oldest", "score", factory)

@@ -1,10 +1,16 @@
 """`Round.decide`: exact totals, padding, protected entries, short prompts, what layers pass on."""
 
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmkv_pipelines import Pipeline
+from mmkv_pipelines._checks import checked_counts
+from mmkv_scores import Scores
+from mmkv_select import Select
 
 LAYERS, HEADS = 4, 2
 TABLE = "[[3,1],[0,2],[5,5],[1,0.5]]"
@@ -211,3 +217,142 @@ def test_granularity_frees_whole_blocks(request_of, decide):
     rows, _ = decide("adakv+snapkv(window=4)+select(granularity=8)", 21, request_of(50, 5), request_of(20, 6))
     assert bool((rows[0].sum(-1) % 8 == 0).all())
     assert bool(rows[1].all())  # fits the budget: nothing is evicted, whole block or not
+
+
+@dataclass(frozen=True)
+class Told:
+    """A third party's scorer."""
+
+    rank: object
+    backbone: object
+    window: ClassVar[int] = 0
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, seen, capacity, trace):
+        return Scores(self.rank, self.backbone)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """A third party's head rule."""
+
+    answer: object
+    counts: str = "dynamic"
+
+    def __call__(self, backbone, is_candidate, capacity):
+        return self.answer
+
+
+FINE, BAD = torch.rand(1, HEADS, 30), torch.full((1, HEADS, 30), torch.nan)
+
+
+@pytest.mark.parametrize(
+    ("rank", "backbone", "message"),
+    [
+        (FINE[0], FINE, r"Told: rank must be float \[1, 2, 30\], got torch.float32 \[2, 30\]"),
+        (FINE[:, :1], FINE, r"Told: rank must be float \[1, 2, 30\], got torch.float32 \[1, 1, 30\]"),
+        (FINE, FINE.long(), r"Told: backbone must be float \[1, 2, 30\], got torch.int64 \[1, 2, 30\]"),
+        (FINE, None, r"Told: backbone must be float \[1, 2, 30\], got NoneType"),
+        (BAD, FINE, "Told: a candidate's rank is NaN or infinite"),
+        (FINE, BAD, "Told: a candidate's backbone is NaN or infinite"),
+        (FINE, -BAD.nan_to_num(torch.inf), "Told: a candidate's backbone is NaN or infinite"),
+    ],
+)
+def test_scores_of_third_parties(request_of, decide, rank, backbone, message):
+    with pytest.raises(ValueError, match=message):
+        decide(Pipeline(score=Told(rank, backbone)), 10, request_of(30))
+
+
+def test_scores_count_on_candidates_only(request_of, decide):
+    hole = FINE.clone()
+    hole[..., 0] = torch.nan
+    rows, _ = decide(Pipeline(score=Told(hole, hole), select=Select(sinks=1)), 10, request_of(30))
+    assert totals(rows[0]) == [10 * HEADS] * LAYERS
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (torch.tensor([3, 3]), r"Counts: counts must be int64 \[1, 2\], got torch.int64 \[2\]"),
+        (torch.tensor([[3.0, 3.0]]), r"Counts: counts must be int64 \[1, 2\], got torch.float32 \[1, 2\]"),
+        (torch.tensor([[3, 3]], dtype=torch.int32), r"Counts: counts must be int64 \[1, 2\], got torch.int32"),
+        ([[3, 3]], r"Counts: counts must be int64 \[1, 2\], got list"),
+        (torch.tensor([[4, -1]]), "Counts: counts cannot be negative"),
+    ],
+)
+def test_counts_of_third_parties(request_of, decide, answer, message):
+    with pytest.raises(ValueError, match=message):
+        decide(Pipeline(heads=Counts(answer), select=Select(recent=2)), 10, request_of(30))
+
+
+def test_a_head_rule_that_is_not_as_equal_as_it_says(request_of, decide):
+    unequal = torch.tensor([[9, 7]])
+    pipeline = Pipeline(score=Told(FINE, FINE), heads=Counts(unequal, "equal"))
+    with pytest.raises(ValueError, match=r"Counts says counts = 'equal' and gave row 0 \[9, 7\]"):
+        decide(pipeline, 10, request_of(30))
+    rows, _ = decide(replace(pipeline, heads=Counts(unequal)), 10, request_of(30))
+    assert rows[0].sum(-1).tolist() == [[9, 7]] * LAYERS
+
+
+@pytest.mark.parametrize(
+    ("counts", "have", "is_fine"),
+    [
+        ([9, 4], [30, 4], True),
+        ([4, 4], [30, 4], True),
+        ([8, 20], [30, 4], True),  # clamped to what exists
+        ([7, 6, 2], [30, 30, 2], True),  # a remainder
+        ([9, 3], [30, 4], False),
+        ([10, 8], [30, 20], False),
+        ([7, 6], [30, 30], False),
+    ],
+)
+def test_heads_that_hold_less_explain_unequal_counts(counts, have, is_fine):
+    """As after an eviction, when heads come back with different numbers of candidates."""
+    rule, counts, have = Counts(None, "equal"), torch.tensor([counts]), torch.tensor([have])
+    if is_fine:
+        assert checked_counts(rule, counts, have) is counts
+    else:
+        with pytest.raises(ValueError, match="says counts = 'equal'"):
+            checked_counts(rule, counts, have)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (torch.tensor(3), r"rule: capacity must be int64 \[1\], got torch.int64 \[\]"),
+        (torch.tensor([3.0]), r"rule: capacity must be int64 \[1\], got torch.float32 \[1\]"),
+        (3, r"rule: capacity must be int64 \[1\], got int"),
+    ],
+)
+def test_capacities_of_third_parties(request_of, decide, answer, message):
+    def rule(candidates, mean_capacity, layer, num_layers):
+        return answer
+
+    with pytest.raises(ValueError, match=message):
+        decide(Pipeline(score=Told(FINE, FINE), layers=rule), 10, request_of(30))
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (torch.full((1, HEADS), 3), r"Plan: plan must be int64 \[4, 1, 2\], got torch.int64 \[1, 2\]"),
+        (torch.full((LAYERS, 1, HEADS), -3), r"Plan: counts cannot be negative, gave row 0 \[-3, -3\]"),
+    ],
+)
+def test_plans_of_third_parties(request_of, decide, answer, message):
+    class Plan:
+        counts = "static"
+
+        def plan(self, candidates, mean_capacity, num_layers, num_heads):
+            return answer
+
+    with pytest.raises(ValueError, match=message):
+        decide(Pipeline(score=Told(FINE, FINE), heads=Plan()), 10, request_of(30))
+
+
+def test_a_budget_in_bytes_is_answered_in_bytes(request_of, decide):
+    """The caller who counted bytes is told the least number of them."""
+    with pytest.raises(ValueError, match=r"the least that works is 9 \(11,700 bytes\)$"):
+        decide("snapkv(window=8)", 3, request_of(30), bytes_per_token=1300)
+    with pytest.raises(ValueError, match=r"the least that works is 9$"):
+        decide("snapkv(window=8)", 3, request_of(30))

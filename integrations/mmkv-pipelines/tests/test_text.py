@@ -1,14 +1,15 @@
 """The text form: parse and str are inverse, and every mistake says what it is."""
 
 import itertools
+from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmkv_budget import HeadScores, SparseMM
-from mmkv_pipelines import Pipeline, methods
+from mmkv_budget import HeadScores, PyramidKV, SparseMM
+from mmkv_pipelines import Pipeline, find, methods
 from mmkv_pipelines.text import _literal, _value, split
-from mmkv_scores import KeyDiff, MixKV
+from mmkv_scores import KeyDiff, MixKV, SnapKV
 from mmkv_select import Select
 
 TABLE = "[[1.0,2.0],[0.5,0.25]]"
@@ -97,8 +98,11 @@ def pipelines(draw):
     if base in ATTENTION and draw(st.booleans()):
         score = part("mixkv", score)
     heads = draw(st.sampled_from(["equal", "adakv", "sparsemm", "headkv"]))
-    layers = draw(st.sampled_from(["uniform", "pyramidkv"])) if heads in ("equal", "adakv") else "uniform"
-    return Pipeline(score, part(layers), part(heads), part("select"))
+    layers = part(draw(st.sampled_from(["uniform", "pyramidkv"])) if heads in ("equal", "adakv") else "uniform")
+    select = part("select")
+    if isinstance(layers, PyramidKV) and not layers.exact:
+        layers = replace(layers, window=(score.window if select.recent is None else select.recent) + select.sinks)
+    return Pipeline(score, layers, part(heads), select)
 
 
 @settings(deadline=None, max_examples=400)
@@ -180,12 +184,17 @@ def test_values_survive(value):
         ("snapkv(1,5,avg,mean,9)", "snapkv: .*its settings are window"),
         ("keydiff(x=1)", "its settings are none"),
         ("snapkv(window=4,window=8)", "snapkv.* window twice"),
-        ("snapkv(window=big)", r"SnapKV: the window .*, got big"),
+        ("snapkv(window=big)", "SnapKV: window must be int, got 'big'; its settings are window, kernel"),
         ("snapkv(window=0)", "at least one query"),
-        ("snapkv(window=16.5)", r"at least one query \(an int\), got 16.5"),
-        ("snapkv(kernel=5.0)", "odd and positive, got 5.0"),
-        ("select(recent=1.5)", "whole numbers"),
-        ("select(sinks=many)", "whole numbers"),
+        ("snapkv(window=16.5)", "window must be int, got 16.5"),
+        ("snapkv(kernel=5.0)", "kernel must be int, got 5.0"),
+        ("select(recent=1.5)", r"recent must be int \| None, got 1.5"),
+        ("select(sinks=many)", "sinks must be int, got 'many'"),
+        ("streamingllm(sinks=a)", "StreamingLLM: sinks must be int, got 'a'"),
+        ("streamingllm(sinks=1.5)", "StreamingLLM: sinks must be int, got 1.5"),
+        ("streamingllm(sinks=none)", "StreamingLLM: sinks must be int, got None"),
+        ("random(seed=1.5)", "Random: seed must be int, got 1.5"),
+        ("mixkv(redundancy=true)", "MixKV: redundancies are"),
         ("snapkv(kernel=4)", "odd and positive"),
         ("adakv(floor=2)", "floor must be"),
         ("adakv(floor=half)", "adakv: .*floor must be a number"),
@@ -195,8 +204,10 @@ def test_values_survive(value):
         ("snapkv(window='4)", "brackets or quotes do not match"),
         ("snapkv)window(", "cannot read|do not match"),
         ("snapkv(window=4)x", "cannot read"),
-        ("", "cannot read ''"),
-        ("adakv++bacon", "cannot read ''"),
+        ("", "a name is missing in ''; known are snapkv, tova"),
+        ("  ", "a name is missing"),
+        ("adakv+", r"a name is missing in 'adakv\+'"),
+        ("adakv++bacon", r"a name is missing in 'adakv\+\+bacon'"),
         ("adakv bacon", "cannot read 'adakv bacon'"),
         ("lazy(plan.json) | adakv", "2 stages; this version of mmkv has the eviction stage only"),
     ],
@@ -217,3 +228,44 @@ def test_parts_that_are_not_registered_are_shown_by_repr():
 
     assert str(Pipeline(score=Mine(), select=Select(sinks=1))).endswith("Mine()+select(sinks=1)")
     assert str(Pipeline(score=MixKV(redundancy=0.5))) == "mixkv(redundancy=0.5)"
+
+
+SWITCHES = [(m.name, f.name, f.default) for m in methods() for f in fields(m.factory) if "bool" in str(f.type)]
+
+
+def test_the_switches_are_found():
+    assert {(name, setting) for name, setting, _ in SWITCHES} == {
+        ("tova", "across_heads"),
+        ("h2o", "corrected"),
+        ("bacon", "gate"),
+        ("pyramidkv", "exact"),
+        ("adakv", "normalize"),
+        ("sparsemm", "exact"),
+        ("headkv", "exact"),
+    }
+
+
+@pytest.mark.parametrize(("name", "setting", "default"), SWITCHES)
+def test_a_switch_in_any_case_is_a_bool(name, setting, default):
+    table = f"table={TABLE}," if name in ("sparsemm", "headkv") else ""
+    place = {"score": "score", "wrap": "score", "layers": "layers", "heads": "heads"}[find(name).kind]
+    for text in ("true", "True", "TRUE", "false", "False", "fAlSe"):
+        pipeline = Pipeline.parse(f"{name}({table}{setting}={text})")
+        assert getattr(getattr(pipeline, place), setting) is (text.lower() == "true")
+        assert Pipeline.parse(str(pipeline)) == pipeline
+    for text in ("no", "0", "1", "'false'", *(["none"] if default is not None else [])):
+        with pytest.raises(ValueError, match=f"{name}: .* {setting} must be bool"):
+            Pipeline.parse(f"{name}({table}{setting}={text})")
+
+
+@pytest.mark.parametrize("text", ["none", "None", "NONE"])
+def test_none_in_any_case(text):
+    assert Pipeline.parse(f"bacon(gate={text})+select(recent={text},protect={text})") == Pipeline.parse("bacon")
+
+
+@pytest.mark.parametrize("source", [SnapKV(), None, ["snapkv"], Pipeline])
+def test_parse_takes_text(source):
+    with pytest.raises(
+        TypeError, match=rf"a text or a Pipeline, not {type(source).__name__}.*Pipeline\(score=\.\.\.\)"
+    ):
+        Pipeline.parse(source)

@@ -33,3 +33,21 @@ def test_imports_with_torch_alone():
         "bad |= ours - {'mmkv_budget', 'mmkv_kernels'}; assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+
+
+@pytest.mark.parametrize(
+    ("make", "setting", "value", "type_"),
+    [
+        (AdaKV, "normalize", "false", "bool"),
+        (AdaKV, "normalize", 0, "bool"),
+        (PyramidKV, "exact", None, "bool"),
+        (PyramidKV, "window", 8.0, "int"),
+        (PyramidKV, "window", True, "int"),
+        (SparseMM, "exact", 1, "bool"),
+        (HeadKV, "exact", "no", "bool"),
+    ],
+)
+def test_settings_of_another_type(make, setting, value, type_):
+    table = ([[1]],) if make in (SparseMM, HeadKV) else ()
+    with pytest.raises(TypeError, match=f"{make.__name__} {setting} must be {type_}, got {value!r}"):
+        make(*table, **{setting: value})

@@ -79,7 +79,7 @@ def make_observation(
     for b, (n, (left, _)) in enumerate(zip(lengths, pads, strict=True)):
         valid[b, 0, left : left + n] = True
         candidates[b, 0, left + sinks : max(left, left + n - recent)] = True
-        slots[b, 0, left : left + n] = torch.arange(n)
+        slots[b, 0, left : left + n] = torch.arange(left, left + n)  # logical columns: padding counts
     queries, mask = last_rows(prompts, pads, rows)
     keys, values = (
         torch.stack([pad(getattr(p, name), *q) for p, q in zip(prompts, pads, strict=True)])

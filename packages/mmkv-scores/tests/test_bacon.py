@@ -462,6 +462,8 @@ def test_refuses_a_base_without_evidence(base):
         ({"depth": -1}, "cannot be negative"),
         ({"gamma": -0.5}, "cannot be negative"),
         ({"rho": 0}, "rho must be positive"),
+        ({"gamma": float("inf")}, "finite"),
+        ({"rho": float("nan")}, "finite"),
     ],
 )
 def test_bad_settings(given_, message):

@@ -89,7 +89,8 @@ def test_table_of_another_model(prompt, observe, shape):
 
 
 @pytest.mark.parametrize(
-    "redundancy", ["offline", [], [[]], [[0.1], [0.1, 0.2]], [[1.5]], 2.0, -3, float("nan"), [["x"]]]
+    "redundancy",
+    ["offline", [], [[]], [[0.1], [0.1, 0.2]], [[1.5]], 2.0, -3, float("nan"), [["x"]], True, None, [0.5], [[False]]],
 )
 def test_bad_redundancy(redundancy):
     with pytest.raises(ValueError, match=r"MixKV: (the )?redundanc"):

@@ -1,5 +1,6 @@
 """What holds for every scorer, and the package as its users see it."""
 
+import re
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -105,6 +106,35 @@ def test_permuting_kv_heads_permutes_the_scores(prompt, observe, name):
         )
         for expected, found in zip(plain, other, strict=True):
             torch.testing.assert_close(found, expected[:, order], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "setting", "value", "type_"),
+    [
+        (SnapKV, "window", 16.5, "int"),
+        (SnapKV, "window", True, "int"),
+        (SnapKV, "kernel", "5", "int"),
+        (LastQuery, "kernel", 3.0, "int"),
+        (LastQuery, "across_heads", "false", "bool"),
+        (ObservedAttention, "corrected", "false", "bool"),
+        (ObservedAttention, "corrected", 0, "bool"),
+        (ObservedAttention, "corrected", None, "bool"),
+        (StreamingLLM, "sinks", 1.5, "int"),
+        (StreamingLLM, "sinks", False, "int"),
+        (Random, "seed", 1.5, "int"),
+        (BACON, "reach", 5.0, "int"),
+        (BACON, "depth", "4", "int"),
+        (BACON, "gamma", "high", "float"),
+        (BACON, "rho", True, "float"),
+        (BACON, "terms", 3, "str"),
+        (BACON, "gate", 1, "bool | None"),
+        (BACON, "gate", "no", "bool | None"),
+    ],
+)
+def test_settings_of_another_type(scorer, setting, value, type_):
+    message = f"{scorer.__name__}: {setting} must be {type_}, got {value!r}"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        scorer(**{setting: value})
 
 
 @names

@@ -185,3 +185,18 @@ def test_protecting_a_modality_needs_to_know_it():
 def test_bad_settings(settings_, message):
     with pytest.raises(ValueError, match=message):
         Select(**settings_)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "type_"),
+    [
+        ("recent", 1.5, r"int \| None"),
+        ("recent", False, r"int \| None"),
+        ("sinks", True, "int"),
+        ("sinks", None, "int"),
+        ("granularity", "8", "int"),
+    ],
+)
+def test_settings_of_another_type(setting, value, type_):
+    with pytest.raises(TypeError, match=f"Select: {setting} must be {type_}, got {value!r}"):
+        Select(**{setting: value})

@@ -31,9 +31,11 @@ from .load import load
 from .overlay import draw_kept, side_by_side
 from .samples import MAX_SUFFIX, Sample, Task, make_samples
 
-PIPELINES: Final = ("snapkv", "adakv", "mixkv", "bacon", "adakv+bacon", "adakv+mixkv+bacon")
+WITHOUT_MIXKV: Final = "adakv+bacon"
+WITH_MIXKV: Final = "adakv+mixkv+bacon"
+PIPELINES: Final = ("snapkv", "adakv", "mixkv", "bacon", WITHOUT_MIXKV, WITH_MIXKV)
 BUDGETS: Final = (128, 64, 48, 40)
-PICTURED: Final = (("snapkv", 64), ("adakv+mixkv+bacon", 64))
+PICTURED: Final = (("snapkv", 64), (WITH_MIXKV, 64))
 PROTOCOL: Final = (
     "Protocol: greedy generation; every answer token, the first included, is generated from the compressed cache "
     "(prefill, crop the last prompt token, run it again inside generate). Budgets are KV pairs per KV head, the window "
@@ -195,6 +197,25 @@ def table(lines: Sequence[Line], title: str) -> Table:
     return out
 
 
+def verdict(lines: Sequence[Line]) -> str:
+    """Which pipeline answers best at each budget, and what MixKV changes here."""
+    exact = {(line.pipeline, line.budget): 100 * line.result.exact_match.mean for line in lines if line.budget}
+    best, changes = [], []
+    for budget in dict.fromkeys(budget for _, budget in exact):
+        here = {pipeline: value for (pipeline, its), value in exact.items() if its == budget}
+        top = max(here.values())
+        winners = ", ".join(pipeline for pipeline, value in here.items() if value == top)
+        best.append(f"{budget}: {winners} ({top:.0f} %)")
+        if here.keys() >= {WITHOUT_MIXKV, WITH_MIXKV}:
+            changes.append(f"{here[WITH_MIXKV] - here[WITHOUT_MIXKV]:+.0f} at {budget}")
+    words = [f"Best exact match by budget: {'; '.join(best)}."] if best else []
+    if changes:
+        words.append(
+            f"mixkv changes {WITHOUT_MIXKV} by {', '.join(changes)} (points; one small model, one kind of page)."
+        )
+    return " ".join(words)
+
+
 def _picture(sample: Sample, kept: Kept, lines: Sequence[Line], out: Path) -> None:
     answers = {(line.pipeline, line.budget): line.result.answers[0] for line in lines}
     panels = []
@@ -241,6 +262,7 @@ def main() -> None:
     console = Console(record=True, width=110)
     title = f"{options.task}, {options.suffix} filler tokens after the question, {options.pages} pages"
     console.print(table(lines, title))
+    console.print(verdict(lines), highlight=False)
     console.print(f"{time.perf_counter() - start:.0f} s with {options.workers} threads")
     console.save_text(str(options.out / "results.txt"))
     results = {"protocol": PROTOCOL, "setting": _setting(options), "lines": [line.to_dict() for line in lines]}

@@ -15,12 +15,20 @@ from .vocabulary import GRID
 
 _ZOOM: Final = 4
 _SIDE: Final = CELL * _ZOOM
-_MARGIN: Final = 24
-_KEPT: Final = np.array([255.0, 0.0, 90.0], dtype=np.float32)
+_TEXT: Final = 18
+"""Size of captions and legends, in pixels."""
+_MARGIN: Final = 32
+_LEGEND: Final = 62
+_PALE: Final = 0.25
+"""How much of an evicted cell's ink is left."""
+_RED: Final = np.array([230.0, 0.0, 60.0], dtype=np.float32)
+_FAINTEST: Final = 0.3
+"""Tint of the smallest share, so that one head of many is seen."""
+_STEPS: Final = (0.1, 0.25, 0.5, 1.0)
 
 
 def draw_kept(image: Image.Image, shares: NDArray[np.float32], box: Box, caption: str) -> Image.Image:
-    """The page with evicted cells faded, kept cells tinted, the evidence framed, and a caption above.
+    """The page with evicted cells pale, kept cells tinted, the evidence framed, a caption above and a legend below.
 
     Args:
         image: The page.
@@ -28,20 +36,41 @@ def draw_kept(image: Image.Image, shares: NDArray[np.float32], box: Box, caption
         box: The evidence.
         caption: One line.
     """
-    page = np.asarray(image.resize((image.width * _ZOOM, image.height * _ZOOM), Image.Resampling.NEAREST), np.float32)
+    zoomed = image.resize((image.width * _ZOOM, image.height * _ZOOM), Image.Resampling.NEAREST)
+    page = np.asarray(zoomed, np.float32)
+    page = (page * (255 / np.median(page, (0, 1)))).clip(0, 255)  # on white paper the tint has its own colour
+    grey = np.asarray(zoomed.convert("L"), np.float32)[..., None]
     share = shares.reshape(GRID, GRID).repeat(_SIDE, 0).repeat(_SIDE, 1)[..., None]
-    faded = 255 - 0.35 * (255 - page)
-    tint = 0.15 + 0.6 * share
-    blended = np.where(share > 0, (1 - tint) * page + tint * _KEPT, faded).round().astype(np.uint8)
-    out = Image.new("RGB", (image.width * _ZOOM, image.height * _ZOOM + _MARGIN), "white")
+    blended = np.where(share > 0, page * _tint(share) / 255, 255 - _PALE * (255 - grey)).round().astype(np.uint8)
+    out = Image.new("RGB", (zoomed.width, zoomed.height + _MARGIN + _LEGEND), "white")
     out.paste(Image.fromarray(blended), (0, _MARGIN))
     pen = ImageDraw.Draw(out)
-    pen.text((6, 6), caption, fill="black", font=ImageFont.load_default_imagefont())
+    pen.text((6, 5), caption, fill="black", font=ImageFont.load_default(_TEXT))
     left, top = box.left * _SIDE, box.top * _SIDE + _MARGIN
     pen.rectangle(
         (left - 2, top - 2, box.right * _SIDE + 1, box.bottom * _SIDE + _MARGIN + 1), outline="black", width=3
     )
+    _legend(pen, _MARGIN + zoomed.height + 6)
     return out
+
+
+def _tint(share: NDArray[np.float32] | float) -> NDArray[np.float32]:
+    """What white paper becomes."""
+    strength = _FAINTEST + (1 - _FAINTEST) * np.asarray(share, np.float32)
+    colour: NDArray[np.float32] = 255 - strength * (255 - _RED)
+    return colour
+
+
+def _legend(pen: ImageDraw.ImageDraw, top: int) -> None:
+    font, left = ImageFont.load_default(_TEXT), 6
+    for share in _STEPS:
+        red, green, blue = (int(value) for value in _tint(share))
+        pen.rectangle((left, top + 2, left + 22, top + 22), fill=(red, green, blue))
+        pen.text((left + 28, top), f"{share:.0%}", fill="black", font=font)
+        left += 82
+    pen.text((left, top), "of layers and KV heads keep the cell; pale: none", fill="black", font=font)
+    below = "black box: the evidence; the last cells, bottom right, lie in the protected window"
+    pen.text((6, top + 26), below, fill="black", font=font)
 
 
 def side_by_side(images: Sequence[Image.Image], gap: int = 16) -> Image.Image:

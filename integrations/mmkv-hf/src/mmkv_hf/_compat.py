@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import transformers
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 ATTENTION = "mmkv"
+CHUNKS_LATER_TURNS = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 23)
+"""Whether `prefill_chunk_size` skips what the cache holds; before, the whole prompt was fed to it once more."""
 
 
 def text_config(model_or_config: Any) -> Any:
@@ -66,10 +69,24 @@ def is_full_attention(layer: CacheLayerMixin) -> bool:
 
 def last_readers(config: Any) -> dict[int, int]:
     """Storing layer -> the last layer that reads its keys, for decoders that share KV between layers (Gemma 3n, 4)."""
-    modes = getattr(config, "kv_sharing_modes", None) or []
-    types = getattr(config, "layer_types", None) or []
+    modes, types = _sharing_modes(config), getattr(config, "layer_types", None) or []
     stores = [i for i, mode in enumerate(modes) if mode == "store"]
     return {i: max([i, *(j for j, m in enumerate(modes) if m == "reuse" and types[j] == types[i])]) for i in stores}
+
+
+def _sharing_modes(config: Any) -> list[str | None]:
+    """What each layer does with its keys: "store" them for others, "reuse" another's, or None.
+
+    Before 5.23 configs only say how many layers, the last ones, reuse what the last layer of their type stored.
+    """
+    if hasattr(config, "kv_sharing_modes"):
+        return list(config.kv_sharing_modes)
+    shared = getattr(config, "num_kv_shared_layers", None) or 0
+    if not shared:
+        return []
+    own = list(config.layer_types[:-shared])
+    stores = {len(own) - 1 - own[::-1].index(kind) for kind in own}
+    return ["store" if i in stores else None for i in range(len(own))] + ["reuse"] * shared
 
 
 def cross_layers(config: Any) -> frozenset[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from mmkv_kernels import AttentionOutput, dense_attention, ragged_attention
+from mmkv_kernels import AttentionOutput, ragged_attention
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -74,10 +74,21 @@ def _dense(
         settings = {"dropout": dropout, "scaling": scaling, **kwargs}
         stock: Tensor = sdpa_attention_forward(module, query, key, value, mask, **settings)[0]
         return stock
-    out = dense_attention(
-        query, key, value, scaling=scaling, softcap=softcap, mask=_as_bool(mask), causal=mask is None
-    ).out
-    return out.transpose(1, 2).contiguous()
+    return _softcapped(query, key, value, _as_bool(mask), scaling, softcap).transpose(1, 2).contiguous()
+
+
+def _softcapped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float
+) -> Tensor:
+    """Attention with capped logits, which sdpa does not know; gradients flow, as training inside a session needs."""
+    rows, columns = query.shape[2], key.shape[2]
+    if mask is None:
+        mask = torch.ones(1, 1, rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.unflatten(1, (key.shape[1], -1)).to(wide)
+    logits = softcap * torch.tanh(grouped @ key[:, :, None].to(wide).transpose(-1, -2) * scaling / softcap)
+    weights = logits.masked_fill(~mask[:, :, None], -torch.inf).softmax(-1).nan_to_num(0.0)  # padding sees nothing
+    return (weights @ value[:, :, None].to(wide)).flatten(1, 2).to(query.dtype)
 
 
 def _ragged(

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from mmkv_budget import TableRule
+from mmkv_budget import Equal, TableRule
 from mmkv_pipelines import Budget, Pipeline
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -69,6 +69,8 @@ class CompressedCache(Cache):  # type: ignore[misc]
                 f"the prompt is empty: {prompt_length} tokens in all, {self.get_seq_length()} of them cached already"
             )
         for name, given in (("modality", modality), ("protect", protect)):
+            if given is not None and not isinstance(given, Tensor):
+                raise TypeError(f"{name} is a tensor [B, {prompt_length}], got a {type(given).__name__}")
             if given is not None and (given.ndim != 2 or given.shape[1] != prompt_length):
                 raise ValueError(f"{name} is [B, {prompt_length}], got {tuple(given.shape)}")
         if self.pipeline.select.protect and modality is None:
@@ -132,11 +134,9 @@ class CompressedCache(Cache):  # type: ignore[misc]
 
     def _check_whole(self) -> None:
         self.request.check()
-        lengths = {layer.seen for layer in self.compressed_layers if not isinstance(layer, CrossLayer)}
-        if len(lengths) > 1:
-            raise RuntimeError(
-                "an error stopped the model in the middle of a forward pass; this cache is broken, make a new one"
-            )
+        for layer in self.compressed_layers:
+            if not isinstance(layer, CrossLayer):
+                self.request.advance(layer.ordinal, layer.seen)
 
     def _stock_layers(self) -> list[CacheLayerMixin]:
         return [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]
@@ -178,11 +178,13 @@ def make_layers(config: Any, request: Request) -> list[CacheLayerMixin]:
 
 def _groups(request: Request, own: list[int], image: list[int]) -> list[tuple[Group, type[CompressedLayer], list[int]]]:
     total = len(own) + len(image)
-    free = replace(request.pipeline, select=replace(request.pipeline.select, recent=0, sinks=0, protect=None))
+    heads = Equal() if isinstance(request.pipeline.heads, TableRule) else request.pipeline.heads
+    select = replace(request.pipeline.select, recent=0, sinks=0, protect=None)
+    free = replace(request.pipeline, heads=heads, select=select)
     groups: list[tuple[Group, type[CompressedLayer], list[int]]] = [
         (Group(request, request.pipeline, len(own), total), CompressedLayer, own)
     ]
-    if image and not isinstance(request.pipeline.heads, TableRule):
+    if image:
         groups.append((Group(request, free, len(image), total), CrossLayer, image))
     return groups
 

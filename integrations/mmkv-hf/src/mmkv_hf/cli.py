@@ -9,6 +9,7 @@ try:
     import typer
     from PIL import Image
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 except ImportError as error:
     raise ImportError("the command line needs typer, rich and pillow; install mmkv-hf[cli]") from error
@@ -37,7 +38,9 @@ def methods() -> None:
 @app.command()
 def generate(
     model: Annotated[str, typer.Option(help="Name or folder of a transformers model.")],
-    prompt: Annotated[str, typer.Option(help="The question; <image> marks where an image goes.")],
+    prompt: Annotated[
+        str, typer.Option(help="The question; with image placeholders of the model in it, the whole prompt.")
+    ],
     image: Annotated[list[Path] | None, typer.Option(help="Image file; may be given several times.")] = None,
     pipeline: Annotated[str, typer.Option(help="Text form of the pipeline.")] = "adakv+mixkv+bacon",
     budget: Annotated[str, typer.Option(help="Tokens (64), or a share of the prompt (0.1).")] = "0.1",
@@ -48,25 +51,31 @@ def generate(
     try:
         _generate(model, prompt, image or [], pipeline, budget, max_new_tokens, plot)
     except (ValueError, OSError, ImportError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", soft_wrap=True)
+        Console(stderr=True).print("[bold red]error:[/]", escape(str(error)), soft_wrap=True)
         raise typer.Exit(1) from error
 
 
 def _generate(
     name: str, prompt: str, paths: list[Path], pipeline: str, budget: str, max_new_tokens: int, plot: Path | None
 ) -> None:
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     from . import Pipeline, compress
     from .cache import checked_budget
+    from .plot import check_target
 
-    method = Pipeline.parse(pipeline)
-    size = checked_budget(method, _number(budget))  # wrong settings fail before the weights are read
+    method = Pipeline.parse(pipeline)  # what is wrong is said before the weights are read
+    size = checked_budget(method, _number(budget))
+    if not prompt.strip():
+        raise ValueError("the prompt is empty")
+    if plot is not None:
+        check_target(plot)
+        if not paths:
+            raise ValueError("--plot draws the kept tokens of images; give --image too")
     images = [Image.open(path).convert("RGB") for path in paths]
-    processor = AutoProcessor.from_pretrained(name)
+    processor = _processor(name)
     model = AutoModelForImageTextToText.from_pretrained(name)
-    inputs = processor(text=_text(processor, prompt, len(images)), images=images or None, return_tensors="pt")
-    inputs = inputs.to(model.device)
+    inputs = _inputs(processor, prompt, images).to(model.device)
     with compress(model, method, size) as session:
         out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     answer = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
@@ -77,6 +86,17 @@ def _generate(
         _console.print(f"wrote {plot}", markup=False)
 
 
+def _processor(name: str) -> Any:
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(name)
+    except OSError as error:
+        if Path(name).is_dir():
+            raise
+        raise ValueError(f"no such folder, and not a model name: {name} ({str(error).splitlines()[0]})") from error
+
+
 def _number(budget: str) -> int | float:
     try:
         return int(budget) if budget.lstrip("+-").isdigit() else float(budget)
@@ -84,6 +104,14 @@ def _number(budget: str) -> int | float:
         raise ValueError(
             f"the budget is a number of tokens (64) or a share of the prompt (0.1), not {budget!r}"
         ) from None
+
+
+def _inputs(processor: Any, prompt: str, images: list[Any]) -> Any:
+    """What the model reads: the prompt, in the model's chat form unless it places the images itself; one BOS."""
+    text = _text(processor, prompt, len(images))
+    bos = getattr(getattr(processor, "tokenizer", processor), "bos_token", None)
+    settings = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+    return processor(text=text, images=images or None, return_tensors="pt", **settings)
 
 
 def _text(processor: Any, prompt: str, images: int) -> str:

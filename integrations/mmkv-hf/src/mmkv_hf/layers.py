@@ -81,15 +81,18 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Appends the new keys and values and hands out the dense part, marked so that attention finds this layer.
 
         Raises:
-            RuntimeError: the keys handed out before never reached the "mmkv" attention function.
+            RuntimeError: the keys handed out before never reached the "mmkv" attention function, an earlier pass was
+                cut short, or gradients are being recorded.
         """
         request = self.group.request
         request.check()
+        if key_states.requires_grad:
+            raise RuntimeError("a CompressedCache is for inference; run the model under torch.no_grad()")
+        request.advance(self.ordinal, self.seen + key_states.shape[-2])
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys, self.values = _appended(self.keys, key_states), _appended(self.values, value_states)
-        self.seen += key_states.shape[-2]
-        request.seen = self.seen
+        self.seen = request.seen
         request.pending = self.layer_idx if self.prefix is not None or self.reading else None
         return marked(self.keys, self), self.values
 
@@ -112,7 +115,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         Raises:
             ValueError: it reaches back before the last token of the compressed prompt.
         """
-        count = abs(tokens_to_remove)
+        count = abs(int(tokens_to_remove))  # assisted decoding of 5.17 gives a tensor, and `seen` must not become one
         if count == 0 or not self.is_initialized:
             return
         fixed = 0 if self.slots is None else self.slots.shape[-1]
@@ -299,13 +302,13 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
             visible = visible.expand(keys.shape[0], -1)
             lengths = visible.sum(-1) if self.padding is None else visible.sum(-1) - self.padding
             kept = self._decide(keys, values, slots, visible, lengths, scaling, softcap)
-        except Exception as error:
-            self.group.request.failed = str(error)
+            if kept is not None:
+                self._store(keys, values, slots, kept, end - lengths)
+        except BaseException as error:
+            self.group.request.failed = str(error) or type(error).__name__
             raise
         finally:
             self._rows, self._sums, self._done_at = None, None, end
-        if kept is not None:
-            self._store(keys, values, slots, kept, end - lengths)
         self.group.finish()
 
     def _decide(

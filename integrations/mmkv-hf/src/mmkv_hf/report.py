@@ -13,6 +13,7 @@ from torch import Tensor
 from .cache import CompressedCache
 from .cross import CrossLayer
 from .layers import CompressedLayer
+from .plot import Grid, plot_kept
 
 _NAMES = ("text", "image", "video")
 
@@ -46,6 +47,7 @@ class Report:
         bytes_held: all live tensors of the cache.
         bytes_full: keys and values of a stock cache after the same tokens.
         vision_columns: [B][V] prompt columns of the vision tokens.
+        vision_grids: [B][images] (rows, columns) of vision tokens; empty: no plain grids, None: not known.
         vision_kept: [layers, B, V] share of the KV heads that keep each vision token, for `plot`; not in the dict.
     """
 
@@ -57,6 +59,7 @@ class Report:
     bytes_full: int
     vision_columns: list[list[int]] = field(default_factory=list, repr=False)
     vision_kept: list[Tensor] = field(default_factory=list, repr=False)
+    vision_grids: list[list[Grid]] | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the picture's data, in plain types."""
@@ -80,23 +83,33 @@ class Report:
 
     def plot(self, path: str | Path, images: Any = None, **options: Any) -> Path:
         """Draws which vision tokens were kept; see `mmkv_hf.plot.plot_kept`. Needs mmkv-hf[plot]."""
-        from .plot import plot_kept
-
         return plot_kept(self, path, images, **options)
 
 
-def make_report(cache: CompressedCache, modality: Tensor | None) -> Report:
+def make_report(
+    cache: CompressedCache,
+    modality: Tensor | None,
+    valid: Tensor | None = None,
+    grids: list[list[Grid]] | None = None,
+) -> Report:
     """Reads a cache.
 
     Args:
         cache: after its prompt has been read.
         modality: [P, N] int8 of the prompt, or None when it is not known.
+        valid: [P, N] bool, False: padding, which a layer that evicted nothing still holds; None when there is none.
+        grids: [P] of every image of a prompt, see `Report.vision_grids`.
     """
     prompt = cache.request.prompt_end
     layers = [layer for layer in cache.compressed_layers if layer.is_initialized]
     masks = [layer.kept_mask().cpu() for layer in layers]
+    batch = masks[0].shape[0]
+    if valid is not None:
+        real = _repeated(valid.cpu(), batch)[:, None]
+        masks = [m if isinstance(x, CrossLayer) else m & real for x, m in zip(layers, masks, strict=True)]
     if modality is not None:
-        modality = modality.cpu().repeat_interleave(masks[0].shape[0] // modality.shape[0], dim=0)
+        modality = _repeated(modality.cpu(), batch)
+        grids = None if grids is None else [row for row in grids for _ in range(batch // len(grids))]
     vision = [(row > 0).nonzero()[:, 0] for row in modality] if modality is not None else []
     own = [m for m, layer in zip(masks, layers, strict=True) if not isinstance(layer, CrossLayer)]
     return Report(
@@ -110,7 +123,13 @@ def make_report(cache: CompressedCache, modality: Tensor | None) -> Report:
         vision_kept=[
             torch.stack([mask[b][:, columns].float().mean(0) for mask in own]) for b, columns in enumerate(vision)
         ],
+        vision_grids=grids,
     )
+
+
+def _repeated(rows: Tensor, batch: int) -> Tensor:
+    """[P, N] -> [B, N]: `generate` repeats every prompt for its beams or samples."""
+    return rows.repeat_interleave(batch // rows.shape[0], dim=0)
 
 
 def _layer(layer: CompressedLayer, mask: Tensor, modality: Tensor | None) -> LayerReport:

@@ -34,6 +34,18 @@ class Request:
     pending: int | None = None
     failed: str | None = None
 
+    def advance(self, ordinal: int, seen: int) -> None:
+        """A self-attention layer takes in new tokens; the first one says how many all of them will have seen.
+
+        Raises:
+            RuntimeError: this layer missed tokens that others saw, because an error stopped an earlier pass.
+        """
+        if ordinal == 0:
+            self.seen = seen
+        elif seen != self.seen:
+            self.failed = "an error stopped the model in the middle of a forward pass"
+            self.check()
+
     def check(self) -> None:
         """Refuses a cache that an error left half-way.
 
@@ -82,8 +94,10 @@ class Group:
             bytes_per_layer: bytes of one KV pair in all heads of a layer.
         """
         if self.round is None:
-            tokens = self.request.budget.per_head(lengths, bytes_per_layer * self.all_layers)
-            self.round = self.pipeline.start(tokens, self.num_layers, lengths)
+            pair, budget = bytes_per_layer * self.all_layers, self.request.budget
+            tokens = budget.per_head(lengths, pair)
+            known = None if budget.bytes is None else pair
+            self.round = self.pipeline.start(tokens, self.num_layers, lengths, bytes_per_token=known)
         return self.round
 
     def finish(self) -> None:

@@ -13,12 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import attention  # noqa: F401  registers the attention function
-from ._compat import ATTENTION, attention_setting, set_attention, text_config
+from ._compat import ATTENTION, CHUNKS_LATER_TURNS, attention_setting, set_attention, text_config
 from .cache import CompressedCache, checked_budget, make_layers
+from .plot import Grid, known_grids
 from .report import Report, make_report
 from .request import Request
 
 _WRAPPED = ("generate", "generate_batch")
+_LOOKED_AT = ("inputs_embeds", "mm_token_type_ids", "attention_mask", "image_grid_thw", "pixel_values", "image_sizes")
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
 _REFUSED = {
     "cache_implementation": "the session brings its own cache; leave it out",
@@ -49,7 +51,9 @@ def compress(
         protect: [B, prompt] bool, tokens that must stay.
 
     Raises:
-        ValueError: before anything runs, for a pipeline, budget or model that cannot work.
+        ValueError: before anything runs, for a pipeline, budget or model that cannot work. What depends on the prompt
+            (a share of it that does not exceed the protected tokens) or on tensors (a redundancy table of MixKV for
+            another model) is said when the first layer decides, before any layer has evicted.
     """
     return Session(model, pipeline, budget, protect=protect)
 
@@ -78,6 +82,8 @@ class Session:
         self.protect = protect
         self.last: CompressedCache | None = None
         self._modality: Tensor | None = None
+        self._valid: Tensor | None = None  # [B, N] bool of the latest prompt
+        self._grids: list[list[Grid]] | None = None  # of its images
         self._before: tuple[str, dict[str, Any]]  # attention setting and instance attributes, while the session is open
         self._stock_generate: Callable[..., Any]
         make_layers(text_config(model), Request(self.pipeline, self.budget))  # says now what would fail later
@@ -85,7 +91,8 @@ class Session:
             raise ValueError(f"{type(model).__name__} cannot generate; give the model with its language model head")
 
     def __enter__(self) -> Self:
-        if isinstance(getattr(self.model.generate, "__self__", None), Session):
+        wrapped = (getattr(vars(self.model).get(name), "__self__", None) for name in _WRAPPED)
+        if any(isinstance(owner, Session) for owner in wrapped):
             raise RuntimeError("a session is open on this model already; sessions cannot be nested")
         own = {name: vars(self.model)[name] for name in _WRAPPED if name in vars(self.model)}
         before = (attention_setting(self.model), own)
@@ -100,9 +107,8 @@ class Session:
     ) -> None:
         setting, own = self._before
         for name in _WRAPPED:
-            delattr(self.model, name)
-        for name, value in own.items():
-            setattr(self.model, name, value)
+            vars(self.model).pop(name, None)
+        vars(self.model).update(own)
         set_attention(self.model, setting)
         del self._before, self._stock_generate
 
@@ -114,7 +120,8 @@ class Session:
         Args:
             input_ids: [B, N] the prompt.
             inputs_embeds: [B, N, hidden] instead of it.
-            **inputs: whatever else the model takes; only `mm_token_type_ids` [B, N] is looked at.
+            **inputs: whatever else the model takes; `mm_token_type_ids` [B, N] says what is an image and, for the
+                report, `attention_mask` [B, N] what is padding, `image_grid_thw` or `pixel_values` the images' shape.
 
         Raises:
             ValueError: an empty prompt.
@@ -123,6 +130,7 @@ class Session:
         if prompt is None or prompt.shape[1] == 0:
             raise ValueError("the prompt is empty; pass input_ids or inputs_embeds with at least one token")
         self._modality = self._modalities(input_ids, inputs.get("mm_token_type_ids"))
+        self._look_at(inputs, prompt.shape[1])
         self.last = CompressedCache(
             self.model,
             self.pipeline,
@@ -141,7 +149,7 @@ class Session:
         """
         if self.last is None or self.last.get_seq_length() == 0:
             raise RuntimeError("nothing to report yet: generate something inside the session first")
-        return make_report(self.last, self._modality)
+        return make_report(self.last, self._modality, self._valid, self._grids)
 
     def _generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         settings = vars(generation_config or self.model.generation_config) | kwargs
@@ -151,13 +159,10 @@ class Session:
         if settings.get("use_cache") is False:
             raise ValueError("use_cache=False leaves nothing to compress")
         prompt = {"input_ids": inputs if inputs is not None else kwargs.get("input_ids")}
-        prompt |= {name: kwargs.get(name) for name in ("inputs_embeds", "mm_token_type_ids", "attention_mask")}
+        prompt |= {name: kwargs.get(name) for name in _LOOKED_AT}
         cache = kwargs.pop("past_key_values", None)
-        if cache is not None and any(settings.get(name) is not None for name in _ASSISTED) and cache.get_seq_length():
-            raise ValueError(
-                "assisted decoding cannot start from a cache that holds tokens: transformers would feed it the whole "
-                "prompt again; leave assistant_model and prompt_lookup_num_tokens out of later turns"
-            )
+        if isinstance(cache, CompressedCache) and cache.get_seq_length():
+            _check_later_turn(settings)
         cache = self.cache(**prompt) if cache is None else self._continued(cache, prompt)
         try:
             out = self._stock_generate(inputs, generation_config, past_key_values=cache, **kwargs)
@@ -177,12 +182,19 @@ class Session:
         length = tokens.shape[1] if prompt["attention_mask"] is None else prompt["attention_mask"].shape[-1]
         modality = self._modalities(prompt["input_ids"], prompt["mm_token_type_ids"])
         self._modality = modality if modality is not None and modality.shape[1] == length else None
+        self._look_at(prompt, length)
         protect = self.protect
         if protect is not None:  # made for the first prompt; nothing after it is protected
             protect = F.pad(protect, (0, max(0, length - protect.shape[-1])))
         cache.expect(length, modality=self._protected_modality, protect=protect)
         self.last = cache
         return cache
+
+    def _look_at(self, inputs: dict[str, Any], length: int) -> None:
+        """What only the report needs to know of a prompt."""
+        mask = inputs.get("attention_mask")
+        self._valid = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == length else None
+        self._grids = known_grids(self.model.config, self._modality, inputs)
 
     @property
     def _protected_modality(self) -> Tensor | None:
@@ -210,3 +222,17 @@ class Session:
             if token is not None:
                 found[input_ids == token] = value
         return found
+
+
+def _check_later_turn(settings: dict[str, Any]) -> None:
+    """Refuses what makes transformers feed the whole prompt to a cache that holds most of it already."""
+    if any(settings.get(name) is not None for name in _ASSISTED):
+        raise ValueError(
+            "assisted decoding cannot start from a cache that holds tokens: transformers would feed it the whole "
+            "prompt again; leave assistant_model and prompt_lookup_num_tokens out of later turns"
+        )
+    if settings.get("prefill_chunk_size") is not None and not CHUNKS_LATER_TURNS:
+        raise ValueError(
+            "prefill_chunk_size cannot be used with a cache that holds tokens: transformers before 5.23 would feed it "
+            "the whole prompt again; leave it out of later turns"
+        )

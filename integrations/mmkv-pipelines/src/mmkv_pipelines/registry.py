@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, is_dataclass
+from typing import Any, Literal, get_args
 
 import mmkv_budget
 import mmkv_scores
@@ -22,7 +22,8 @@ class Method:
         name: as written in the text form.
         kind: its place: "score" (base), "wrap" (takes a score as its first argument), "layers", "heads" or "select".
         factory: a frozen dataclass.
-        order: wraps are applied from low to high, so BACON (0) is inside MixKV (1).
+        order: wraps are applied from low to high, so BACON (0) is inside MixKV (1); of one order, the first named is
+            the outermost.
     """
 
     name: str
@@ -43,10 +44,16 @@ def register(name: str, kind: Kind, factory: Callable[..., Any], *, order: int =
     """Makes a method known to `Pipeline.parse` and `mmkv methods`.
 
     Raises:
-        ValueError: the name is taken by something else, or is not lower-case letters, digits and underscores.
+        TypeError: the factory is not a dataclass.
+        ValueError: the name is taken by something else, or is not lower-case letters, digits and underscores; no such
+            kind.
     """
     if not name.isidentifier() or name != name.lower():
         raise ValueError(f"a method's name is lower-case letters, digits and underscores, got {name!r}")
+    if kind not in get_args(Kind):
+        raise ValueError(f"{name!r}: kind is one of {', '.join(get_args(Kind))}, got {kind!r}")
+    if not (isinstance(factory, type) and is_dataclass(factory)):
+        raise TypeError(f"{name!r}: the factory must be a dataclass, whose fields are its settings, got {factory!r}")
     known = _METHODS.get(name)
     if known is not None and known.factory is not factory:
         raise ValueError(f"the name {name!r} is taken by {known.factory!r}")

@@ -9,9 +9,10 @@ from typing import Any
 
 from mmkv_budget import HeadScores
 
-from .registry import Method, find, named
+from .registry import Method, find, methods, named
 
 _PART = re.compile(r"\s*(\w+)\s*(?:\((.*)\))?\s*", re.DOTALL)
+_WORDS = {"true": True, "false": False, "none": None}
 
 
 def parse(source: str) -> dict[str, Any]:
@@ -23,7 +24,10 @@ def parse(source: str) -> dict[str, Any]:
     stages = split(source, "|")
     if len(stages) > 1:
         raise ValueError(f"{source!r} has {len(stages)} stages; this version of mmkv has the eviction stage only")
-    parts = [_read(part) for part in split(source, "+")]
+    pieces = split(source, "+")
+    if not all(map(str.strip, pieces)):
+        raise ValueError(f"a name is missing in {source!r}; known are {', '.join(m.name for m in methods())}")
+    parts = [_read(piece) for piece in pieces]
     found: dict[str, Any] = {}
     for method, args, settings in parts:
         if method.kind != "wrap":
@@ -31,19 +35,19 @@ def parse(source: str) -> dict[str, Any]:
             if place in found:
                 raise ValueError(f"{source!r} names two {place} methods; a pipeline has one")
             found[place] = _make(method, args, settings)
-    for method, args, settings in sorted((p for p in parts if p[0].kind == "wrap"), key=lambda part: part[0].order):
-        base = (found["score"],) if "score" in found else ()
+    wraps = [part for part in parts if part[0].kind == "wrap"]
+    from_outside = sorted(wraps, key=lambda part: part[0].order, reverse=True)
+    for method, args, settings in reversed(from_outside):
+        base = found["score"] if "score" in found else _make(find("snapkv"), (), {})
         if args:
             raise ValueError(f"{method.name} takes settings by name, as in {method.name}(key=value)")
-        found["score"] = _make(method, base, settings)
+        found["score"] = _make(method, (base,), settings)
     return found
 
 
 def render(score: object, layers: object, heads: object, select: object) -> str:
     """The canonical text: layers, heads, wraps from the outside in, base score, select; defaults are left out."""
-    scores = _unwrap(score)
-    parts = [layers, heads, *scores, select]
-    shown = [_show(part) for part in parts]
+    shown = [_show(layers), _show(heads), *_show_score(score), _show(select)]
     return "+".join(text for text in shown if text not in ("uniform", "equal", "snapkv", "select")) or "snapkv"
 
 
@@ -86,11 +90,14 @@ def _read(part: str) -> tuple[Method, list[Any], dict[str, Any]]:
 
 
 def _value(text: str) -> Any:
-    """A Python literal; anything else is a string (paths and preset names need no quotes)."""
+    """A Python literal, true, false and none in any case; anything else is a string (paths need no quotes)."""
+    text = text.strip()
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
     try:
-        return ast.literal_eval(text.strip())
+        return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return text.strip()
+        return text
 
 
 def _make(method: Method, args: Any, settings: dict[str, Any]) -> Any:
@@ -99,6 +106,16 @@ def _make(method: Method, args: Any, settings: dict[str, Any]) -> Any:
     except TypeError as error:
         names = [field.name for field in dataclasses.fields(method.factory)]  # type: ignore[arg-type]
         raise ValueError(f"{method.name}: {error}; its settings are {', '.join(names) or 'none'}") from error
+
+
+def _show_score(score: object) -> list[str]:
+    """The names of wraps and base, or the `repr` of the whole if those would be read as another score."""
+    shown = [_show(part) for part in _unwrap(score)]
+    try:
+        is_same = bool(parse("+".join(shown))["score"] == score)
+    except Exception:  # whatever a third party's part raises when it is made of text
+        is_same = False
+    return shown if is_same else [repr(score)]
 
 
 def _unwrap(score: object) -> list[object]:

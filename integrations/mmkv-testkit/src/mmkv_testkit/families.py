@@ -131,6 +131,8 @@ def _inputs(name: str, family: Family, batch: int, images: int, text: tuple[int,
     template = torch.tensor([0] * before + (image + gap) * (images - 1) + image + [0] * after)
     words = torch.randint(3, 400, (batch, len(template)))
     ids = torch.where(template == IMAGE, template, words)
+    if {"vision_start_token_id", "image_start_token_id"} & set(family.config):  # what processors put before an image
+        ids[:, :-1][:, (template[1:] == IMAGE) & (template[:-1] != IMAGE)] = VISION_START
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **family.vision_inputs(batch, images)}
     if family.types is not None:
         inputs[family.types] = (ids == IMAGE).int() * (not name.startswith("paligemma"))

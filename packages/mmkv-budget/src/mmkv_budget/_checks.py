@@ -1,6 +1,8 @@
 """Checks of shapes and dtypes shared by the rules; values on the device are not read here."""
 
 import math
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,3 +62,12 @@ def number(value: float, name: str, low: float, high: float = math.inf) -> None:
             + ("" if math.isinf(high) else f" and <= {high}")
             + f", got {value}"
         )
+
+
+def check_types(settings: Any) -> None:
+    """Refuses a field of a dataclass annotated as int or bool that holds another type; a bool is no int."""
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if field.type in (int, bool) and type(value) is not field.type:
+            name = f"{type(settings).__name__} {field.name}"
+            raise TypeError(f"{name} must be {'bool' if field.type is bool else 'int'}, got {value!r}")

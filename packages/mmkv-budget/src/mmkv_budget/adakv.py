@@ -9,7 +9,7 @@ from mmkv_kernels import kth_largest
 from torch import Tensor
 
 from ._apportion import floor_times
-from ._checks import head_inputs, number
+from ._checks import check_types, head_inputs, number
 from .protocols import Counts
 
 
@@ -37,6 +37,7 @@ class AdaKV:
 
     def __post_init__(self) -> None:
         """Refuses settings outside their range."""
+        check_types(self)
         number(self.floor, "AdaKV floor", 0, 1)
         if self.mode not in ("floor", "blend"):
             raise ValueError(f"AdaKV mode must be 'floor' or 'blend', got {self.mode!r}")

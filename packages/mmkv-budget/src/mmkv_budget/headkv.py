@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ._apportion import floor_divide
-from ._checks import number
+from ._checks import check_types, number
 from ._tables import pooled_counts
 from .head_scores import HeadScores, Table
 from .protocols import Counts
@@ -34,6 +34,7 @@ class HeadKV:
 
     def __post_init__(self) -> None:
         """Loads the table."""
+        check_types(self)
         object.__setattr__(self, "table", HeadScores.of(self.table))
         number(self.beta, "HeadKV beta", 1)
 

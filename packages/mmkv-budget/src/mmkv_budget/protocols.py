@@ -1,7 +1,7 @@
 """What a pipeline expects of a layer, head or table rule. Rules need not inherit from these.
 
-B batch, L layers, H KV heads, N cached length; *candidates* are entries that may be evicted; *capacity* is how many of
-them a head of a layer keeps on average, *counts* how many one head keeps (`DESIGN.md`, Vocabulary).
+B batch, L layers, H KV heads, N cached length. *Candidates* are the entries that may be evicted: real ones that are not
+protected. *Capacity* is how many of them a head of a layer keeps on average, *counts* how many one (row, head) keeps.
 """
 
 from typing import ClassVar, Literal, Protocol, runtime_checkable
@@ -12,14 +12,17 @@ Counts = Literal["equal", "static", "dynamic"]
 """`equal`: every head of a layer keeps as many; `static`: known before the prompt is read; `dynamic`: depends on the
 scores."""
 
+Capacities = Literal["equal", "static"]
+"""`equal`: every layer gets as much; `static`: layers differ."""
+
 
 @runtime_checkable
 class LayerRule(Protocol):
     """Spreads the mean capacity over layers; a plain function will do.
 
     At run time only the presence of `__call__` is checked, so every `HeadRule` also passes for a `LayerRule`: ask for
-    `HeadRule` first. The rules of this package also say `capacities`: "equal" (the same in every layer) or "static"
-    (differs by layer, not by score).
+    `HeadRule` first. A rule whose layers all get the same may say so with an attribute `capacities = "equal"` (see
+    `Capacities`), as `Uniform` does, so that adapters may lay the cache out uniformly; without it, "static" is assumed.
     """
 
     def __call__(self, candidates: Tensor, mean_capacity: Tensor, layer: int, num_layers: int) -> Tensor:

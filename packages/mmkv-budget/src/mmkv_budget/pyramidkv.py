@@ -1,13 +1,14 @@
 """PyramidKV: more in the early layers, less in the late ones."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ._apportion import floor_divide, hand_out
-from ._checks import layer_index, number, row_pair
+from ._checks import check_types, layer_index, number, row_pair
+from .protocols import Capacities
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,16 +25,17 @@ class PyramidKV:
             min(C, candidates)`, exactly. False: the released rounding (floor of the slope: up to 11 % more than the
             budget) and its three regimes.
         window: Protected tokens, only read when `exact=False`: the release compares the whole prompt, window included,
-            with 2 C.
+            with 2 C. A layer rule is not told how many those are; mmkv-pipelines refuses another number than its own.
     """
 
     beta: float = 20
     exact: bool = True
     window: int = 32
-    capacities: ClassVar[Literal["equal", "static"]] = "static"
+    capacities: ClassVar[Capacities] = "static"
 
     def __post_init__(self) -> None:
         """Refuses a pyramid that stands on its head."""
+        check_types(self)
         number(self.beta, "PyramidKV beta", 1)
         number(self.window, "PyramidKV window", 0)
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ._apportion import floor_times
-from ._checks import number
+from ._checks import check_types, number
 from ._tables import pooled_counts
 from .head_scores import HeadScores, Table
 from .protocols import Counts
@@ -33,6 +33,7 @@ class SparseMM:
 
     def __post_init__(self) -> None:
         """Loads the table."""
+        check_types(self)
         object.__setattr__(self, "table", HeadScores.of(self.table))
         number(self.ratio, "SparseMM ratio", 0, 1)
 

@@ -1,19 +1,20 @@
 """The same capacity in every layer."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ._checks import layer_index, row_pair
+from .protocols import Capacities
 
 
 @dataclass(frozen=True, slots=True)
 class Uniform:
     """Every layer keeps the mean capacity, or all candidates when there are fewer (SnapKV and most methods)."""
 
-    capacities: ClassVar[Literal["equal", "static"]] = "equal"
+    capacities: ClassVar[Capacities] = "equal"
 
     def __call__(self, candidates: Tensor, mean_capacity: Tensor, layer: int, num_layers: int) -> Tensor:
         """Capacity `[B]` int64 of this layer; see `uniform_capacity`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
@@ -10,6 +11,7 @@ from mmkv_kernels import kth_largest
 from torch import Tensor
 
 from ._masked import EPS, check_kernel, masked_mean, neighbourhood_mean, pool
+from ._settings import check_types
 from .snapkv import SnapKV
 from .trace import Trace
 from .types import Evidence, Observation, Scores, WindowScorer
@@ -68,6 +70,7 @@ class BACON:
                 f"BACON calibrates the window evidence of SnapKV or LastQuery; {type(self.base).__name__} has none. "
                 "To combine with MixKV wrap the other way round: MixKV(BACON(...))"
             )
+        check_types(self)
         if self.preset not in ("release", "paper", "rel"):
             raise ValueError(f"BACON: preset is 'release', 'paper' or 'rel', got {self.preset!r}")
         if not self.terms or len(set(self.terms)) != len(self.terms) or not set(self.terms) <= set("elt"):
@@ -76,6 +79,8 @@ class BACON:
             check_kernel(self.reach, "BACON")
         if min(self.reach, self.depth, self.gamma) < 0 or self.rho <= 0:
             raise ValueError(f"BACON: reach, depth and gamma cannot be negative and rho must be positive, got {self}")
+        if not math.isfinite(self.gamma) or not math.isfinite(self.rho):
+            raise ValueError(f"BACON: gamma and rho must be finite, got {self}")
 
     @property
     def is_gated(self) -> bool:

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ._masked import check_kernel, pool
+from ._settings import check_types
 from .snapkv import window_evidence
 from .trace import Trace
 from .types import Evidence, Observation, Scores
@@ -33,6 +34,7 @@ class LastQuery:
     is_attention: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_kernel(self.kernel, "LastQuery")
 
     def evidence(self, seen: Observation) -> Evidence:

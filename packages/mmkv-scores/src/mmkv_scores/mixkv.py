@@ -109,9 +109,16 @@ def _levelled(x: Tensor, level: Tensor, candidates: Tensor) -> Tensor:
 
 
 def _frozen(redundancy: float | Sequence[Sequence[float]]) -> float | Table:
-    rows = [[redundancy]] if isinstance(redundancy, int | float) else [list(row) for row in redundancy]
+    try:
+        rows = [[redundancy]] if isinstance(redundancy, int | float) else [list(row) for row in redundancy]
+    except TypeError:
+        raise ValueError(f"MixKV: redundancy is 'online', a number or a table, got {redundancy!r}") from None
     if not rows or not rows[0] or len({len(row) for row in rows}) != 1:
         raise ValueError("MixKV: the redundancy table needs the same number of heads in every layer")
-    if not all(isinstance(x, int | float) and -1 <= x <= 1 for row in rows for x in row):
-        raise ValueError("MixKV: redundancies are mean cosines, numbers in [-1, 1]")
+    if not all(_is_cosine(x) for row in rows for x in row):
+        raise ValueError(f"MixKV: redundancies are mean cosines, numbers in [-1, 1], got {redundancy!r}")
     return float(rows[0][0]) if isinstance(redundancy, int | float) else tuple(tuple(map(float, row)) for row in rows)
+
+
+def _is_cosine(x: object) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and -1 <= x <= 1

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ._settings import check_types
 from .trace import Trace
 from .types import Observation, Scores
 
@@ -27,6 +28,9 @@ class ObservedAttention:
     window: ClassVar[int] = 0
     needs: ClassVar[frozenset[str]] = frozenset({"column_sums"})
     is_attention: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     def __call__(self, seen: Observation, capacity: Tensor, trace: Trace) -> Scores:
         """Scores of one layer; `capacity` and `trace` are not used.

@@ -9,6 +9,7 @@ from mmkv_kernels import window_attention
 from torch import Tensor
 
 from ._masked import check_kernel, pool
+from ._settings import check_types
 from .trace import Trace
 from .types import Evidence, Observation, Scores
 
@@ -39,8 +40,9 @@ class SnapKV:
     is_attention: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.window, int) or self.window < 1:
-            raise ValueError(f"SnapKV: the window must be at least one query (an int), got {self.window}")
+        check_types(self)
+        if self.window < 1:
+            raise ValueError(f"SnapKV: the window must be at least one query, got {self.window}")
         if self.pooling not in ("avg", "max") or self.group not in ("mean", "max"):
             raise ValueError(f"SnapKV: pooling is 'avg' or 'max' and group 'mean' or 'max', got {self}")
         check_kernel(self.kernel, "SnapKV")

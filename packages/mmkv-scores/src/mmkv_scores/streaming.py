@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ._settings import check_types
 from .trace import Trace
 from .types import Observation, Scores
 
@@ -29,6 +30,7 @@ class StreamingLLM:
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.sinks < 0:
             raise ValueError(f"StreamingLLM: sinks cannot be negative, got {self.sinks}")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from types import NoneType
+from typing import Any, Literal
 
 import torch
 from mmkv_kernels import kth_largest
@@ -33,10 +34,8 @@ class Select:
     granularity: int = 1
 
     def __post_init__(self) -> None:
-        counts = (self.sinks if self.recent is None else self.recent, self.sinks, self.granularity)
-        if not all(isinstance(count, int) for count in counts):
-            raise ValueError(f"Select: recent, sinks and granularity are whole numbers, got {self}")
-        if min(counts) < 0 or self.granularity < 1:
+        _check_types(self)
+        if min(self.recent or 0, self.sinks) < 0 or self.granularity < 1:
             raise ValueError(f"Select: recent and sinks cannot be negative and granularity starts at 1, got {self}")
         if self.protect is not None and self.protect not in MODALITIES:
             raise ValueError(f"Select: protect is one of {', '.join(MODALITIES)}, got {self.protect!r}")
@@ -107,6 +106,17 @@ def top_candidates(rank: Tensor, counts: Tensor, is_candidate: Tensor) -> Tensor
     room = counts[..., None] - above.sum(-1, keepdim=True)
     chosen = above | (tied & (tied.cumsum(-1) <= room))
     return chosen & (counts > 0)[..., None]
+
+
+_TYPES: dict[object, tuple[type, ...]] = {"int": (int,), "int | None": (int, NoneType)}
+
+
+def _check_types(settings: Any) -> None:
+    """Raises TypeError unless the fields annotated as int hold one; a bool is none."""
+    for field in fields(settings):
+        value, types = getattr(settings, field.name), _TYPES.get(field.type)
+        if types and (isinstance(value, bool) or not isinstance(value, types)):
+            raise TypeError(f"{type(settings).__name__}: {field.name} must be {field.type}, got {value!r}")
 
 
 def _check(rank: Tensor, counts: Tensor, is_candidate: Tensor, protected: Tensor) -> None:

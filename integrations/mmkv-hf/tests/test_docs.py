@@ -1,0 +1,23 @@
+"""The examples of the documentation run as they are written."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from mmkv_testkit.families import build
+
+PAGE = Path(__file__).parents[3] / "docs" / "transformers.md"
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "qwen3_5", "mllama"])
+def test_first_answer_token_example(name):
+    if not PAGE.exists():
+        pytest.skip("the documentation is not part of the sdist")
+    example = next(block for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if "crop" in block)
+    tiny = build(name)
+    scope = {"torch": torch, "model": tiny.model, "inputs": tiny.inputs}
+    tiny.model.generation_config.max_new_tokens = 3
+    exec("from mmkv_hf import compress\n" + example, scope)
+    assert scope["out"].shape[1] == tiny.inputs["input_ids"].shape[1] + 3
+    assert any(layer.kept is not None for layer in scope["cache"].compressed_layers)
