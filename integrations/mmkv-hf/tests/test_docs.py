@@ -14,7 +14,8 @@ PAGE = Path(__file__).parents[3] / "docs" / "transformers.md"
 def test_first_answer_token_example(name):
     if not PAGE.exists():
         pytest.skip("the documentation is not part of the sdist")
-    example = next(block for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if "crop" in block)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    example = next(block for block in blocks if "crop" in block)
     tiny = build(name)
     scope = {"torch": torch, "model": tiny.model, "inputs": tiny.inputs}
     tiny.model.generation_config.max_new_tokens = 3

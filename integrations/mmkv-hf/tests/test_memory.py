@@ -1,4 +1,4 @@
-"""Freed means freed: the storages of all live tensors against kept entries x (2 x D x itemsize + 4) + 8 (B H + 1) per layer."""
+"""Freed means freed: all live storages <= kept entries x (2 x D x itemsize + 4) + 8 (B H + 1) per layer."""
 
 import gc
 import weakref

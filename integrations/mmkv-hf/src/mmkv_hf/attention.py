@@ -85,7 +85,8 @@ def _softcapped(
     if mask is None:
         mask = torch.ones(1, 1, rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
     wide = torch.promote_types(query.dtype, torch.float32)
-    grouped = query.unflatten(1, (key.shape[1], -1)).to(wide)
+    batch, heads, width = query.shape[0], key.shape[1], query.shape[3]
+    grouped = query.reshape(batch, heads, -1, rows, width).to(wide)
     logits = softcap * torch.tanh(grouped @ key[:, :, None].to(wide).transpose(-1, -2) * scaling / softcap)
     weights = logits.masked_fill(~mask[:, :, None], -torch.inf).softmax(-1).nan_to_num(0.0)  # padding sees nothing
     return (weights @ value[:, :, None].to(wide)).flatten(1, 2).to(query.dtype)

@@ -42,7 +42,7 @@ def generate(
         str, typer.Option(help="The question; with image placeholders of the model in it, the whole prompt.")
     ],
     image: Annotated[list[Path] | None, typer.Option(help="Image file; may be given several times.")] = None,
-    pipeline: Annotated[str, typer.Option(help="Text form of the pipeline.")] = "adakv+mixkv+bacon",
+    pipeline: Annotated[str, typer.Option(help="Text form of the pipeline.")] = "adakv+bacon",
     budget: Annotated[str, typer.Option(help="Tokens (64), or a share of the prompt (0.1).")] = "0.1",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     plot: Annotated[Path | None, typer.Option(help="Write a picture of the kept vision tokens here.")] = None,
