@@ -25,7 +25,7 @@ class LayerReport:
     Attributes:
         layer: index in the model.
         kind: "self", or "cross" for cross-attention to the image.
-        kept: [B][H] entries of the prompt that are held.
+        kept: `[B][H]` entries of the prompt that are held.
         share: of the kept entries, by modality; empty when it is not known.
     """
 
@@ -46,8 +46,8 @@ class Report:
         layers: the compressed layers.
         bytes_held: all live tensors of the cache.
         bytes_full: keys and values of a stock cache after the same tokens.
-        vision_columns: [B][V] prompt columns of the vision tokens.
-        vision_grids: [B][images] (rows, columns) of vision tokens; empty: no plain grids, None: not known.
+        vision_columns: `[B][V]` prompt columns of the vision tokens.
+        vision_grids: `[B][images]` (rows, columns) of vision tokens; empty: no plain grids, None: not known.
         vision_kept: [layers, B, V] share of the KV heads that keep each vision token, for `plot`; not in the dict.
     """
 

@@ -37,7 +37,7 @@ class MixKV:
         base: the attention score that is mixed (SnapKV by default).
         redundancy: where r comes from. "online": from this prompt's keys (the published method, and the release for GUI
             grounding). A number: the same r for all heads; 0 is the release's "vnorm" variant, 1 its "keydiff", and 0.5
-            ranks as its equal-parts "mixkv". A table [layers][KV heads]: the release's main configuration reads one
+            ranks as its equal-parts "mixkv". A table `[layers][KV heads]`: the release's main configuration reads one
             made for Qwen2-VL-7B; a layer or head outside the table raises (the release takes r = 0 there).
     """
 
