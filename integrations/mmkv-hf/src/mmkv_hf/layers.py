@@ -366,24 +366,24 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         return None if plain else rows.sees(slots)
 
     def _store(self, keys: Tensor, values: Tensor, slots: Tensor, kept: Kept, padding: Tensor) -> None:
-        before = kept.below(kept.size - 1)
         start = self.keys.shape[2] - 1 - (self.seen - self.group.request.prompt_end)
-        tail_keys, tail_values = self.keys[:, :, start:].clone(), self.values[:, :, start:].clone()
-        if self._uniform(before, kept):
+        if self._uniform(kept):
             held = compact(keys, values, slots, kept)  # with the last prompt token, which saves joining them
             shape = (*held.shape, int(kept.lengths.flatten()[0]))
             self.prefix, self.slots, self.padding = None, held.slots.view(shape)[..., :-1].clone(), padding
-            self.keys = _appended(held.keys.view(*shape, -1), tail_keys[:, :, 1:])
-            self.values = _appended(held.values.view(*shape, -1), tail_values[:, :, 1:])
+            self.keys = _appended(held.keys.view(*shape, -1), self.keys[:, :, start + 1 :])
+            self.values = _appended(held.values.view(*shape, -1), self.values[:, :, start + 1 :])
         else:
-            self.prefix, self.slots, self.padding = compact(keys, values, slots, before), None, None
-            self.keys, self.values = tail_keys, tail_values
+            self.prefix = compact(keys, values, slots, kept.below(kept.size - 1))
+            self.slots = self.padding = None
+            self.keys, self.values = self.keys[:, :, start:].clone(), self.values[:, :, start:].clone()
 
-    def _uniform(self, before: Kept, kept: Kept) -> bool:
+    def _uniform(self, kept: Kept) -> bool:
         """Whether the whole cache is uniform, which its first layer decides; the tail has to belong to every row."""
         group = self.group
         if group.uniform is None:
-            equal = bool((kept.lengths == kept.lengths.flatten()[0]).all() & (before.lengths + 1 == kept.lengths).all())
+            equal = bool((kept.lengths == kept.lengths.flatten()[0]).all() & (kept.lengths > 0).all())
+            equal = equal and bool((kept.columns[kept.cu_seqlens[1:] - 1] == kept.size - 1).all())
             group.uniform = equal and group.pipeline.counts == "equal" and group.num_layers == group.all_layers
         return group.uniform
 
