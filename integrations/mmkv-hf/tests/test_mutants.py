@@ -303,5 +303,6 @@ MUTANTS = [
 )
 def test_mutant_is_caught(kit, monkeypatch, mutant, pipeline, catches):
     mutant(monkeypatch)
-    with pytest.raises((CaughtError, AssertionError, IndexError, ValueError, RuntimeError)):
+    too_short = mutant is physical_mask and pipeline == RAGGED  # crashes when gathered; all others compute wrong values
+    with pytest.raises(IndexError if too_short else CaughtError):
         catches(kit, pipeline)
