@@ -225,7 +225,8 @@ def padding_counts_for_the_budget(monkeypatch):
     true = layers.CompressedLayer._decide
 
     def decide(layer, keys, values, slots, visible, lengths, *rest):
-        return true(layer, keys, values, slots, visible, torch.full_like(lengths, visible.shape[1]), *rest)
+        columns = torch.full_like(lengths, layer.group.request.prompt_end)
+        return true(layer, keys, values, slots, visible, columns, *rest)
 
     monkeypatch.setattr(layers.CompressedLayer, "_decide", decide)
 

@@ -130,5 +130,7 @@ def _of_group(tensor: Tensor, b: int, group: int) -> Tensor:
     return tensor[b, group if tensor.shape[1] > 1 else 0]
 
 
-def _indices(flags: Tensor) -> Tensor:
-    return flags.nonzero().squeeze(1)
+def _indices(flags: Tensor) -> Tensor | None:
+    """Where `flags` [N] are set; None: nowhere."""
+    indices = flags.nonzero().squeeze(1)
+    return indices if indices.numel() else None

@@ -297,10 +297,8 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         end = self.group.request.prompt_end
         try:
             keys, values, slots = self._prompt_entries(end)
-            if visible is None:
-                visible = torch.ones(1, end, dtype=torch.bool, device=keys.device)
-            visible = visible.expand(keys.shape[0], -1)
-            lengths = visible.sum(-1) if self.padding is None else visible.sum(-1) - self.padding
+            held = torch.full(keys.shape[:1], end, device=keys.device) if visible is None else visible.sum(-1)
+            lengths = held.expand(keys.shape[0]) if self.padding is None else held - self.padding
             kept = self._decide(keys, values, slots, visible, lengths, scaling, softcap)
             if kept is not None:
                 self._store(keys, values, slots, kept, end - lengths)
@@ -316,14 +314,14 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         keys: Tensor,
         values: Tensor,
         slots: Tensor,
-        visible: Tensor,
+        visible: Tensor | None,
         lengths: Tensor,
         scaling: float,
         softcap: float | None,
     ) -> Kept | None:
         pair = keys.shape[1] * ((keys.shape[-1] + values.shape[-1]) * keys.element_size() + 4)
         round_ = self.group.begin(lengths, pair)
-        valid = at_slots(visible, slots) & (slots >= 0)
+        valid = slots >= 0 if visible is None else at_slots(visible, slots) & (slots >= 0)
         queries, seen = self._window(keys, slots)
         sums, counts = self._sums or (None, None)
         observation = Observation(

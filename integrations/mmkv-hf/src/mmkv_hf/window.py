@@ -32,6 +32,8 @@ class WindowRows:
     def of(cls, queries: Tensor, start: int, mask: Tensor | None, size: int) -> WindowRows:
         """The last `size` real rows of queries [B, Hq, n, D] at positions start.. with mask [B, 1, n, S] or None."""
         batch, _, count, _ = queries.shape
+        if mask is None and count > size:  # then none of them is padding
+            queries, start, count = queries[:, :, count - size :], start + count - size, size
         positions = torch.arange(start, start + count, device=queries.device).expand(batch, count)
         if mask is not None:
             positions = positions.masked_fill(~sees_itself(mask, start), -1)

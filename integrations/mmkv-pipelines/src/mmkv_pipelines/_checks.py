@@ -31,8 +31,9 @@ def checked_scores(scorer: object, scores: Scores, candidates: Tensor, shape: Se
         score = getattr(scores, what, None)
         if not isinstance(score, Tensor) or not score.is_floating_point() or score.shape != torch.Size(shape):
             raise ValueError(f"{_name(scorer)}: {what} must be float {list(shape)}, got {_found(score)}")
-        bad[what] = ~score.isfinite() & candidates
-    if bool((bad["rank"] | bad["backbone"]).any()):  # asked once: every answer waits for the device
+        if what == "rank" or score is not scores.rank:
+            bad[what] = ~score.isfinite() & candidates
+    if bool(torch.stack([flags.any() for flags in bad.values()]).any()):  # one answer: each waits for the device
         what = "rank" if bool(bad["rank"].any()) else "backbone"
         raise ValueError(
             f"{_name(scorer)}: a candidate's {what} is NaN or infinite; the model's keys or queries probably are too"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from mmkv_budget import TableRule
+from mmkv_budget import HeadRule, TableRule
 from mmkv_scores import Observation, Trace
 from mmkv_select import Kept, select
 from torch import Tensor
@@ -36,7 +36,12 @@ class Round:
     lengths: Tensor
     bytes_per_token: int | None = None
     trace: Trace = field(default_factory=Trace)
+    _table: TableRule | None = field(init=False)
     _plan: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        heads = self.pipeline.heads
+        self._table = heads if isinstance(heads, TableRule) else None  # asked once: protocols answer slowly
 
     def decide(self, seen: Observation, protect: Tensor | None = None) -> Kept | None:
         """The entries of one layer that stay, or None when nothing has to go.
@@ -57,8 +62,7 @@ class Round:
         rule = self.pipeline.layers
         capacity = rule(self.lengths - fixed, mean_capacity, seen.layer, self.num_layers)
         checked_whole(rule, "capacity", capacity, self.budget.shape)
-        planned = isinstance(self.pipeline.heads, TableRule)
-        if not planned and bool((capacity * existing.shape[1] >= existing.sum(1)).all()):
+        if self._table is None and bool((capacity * existing.shape[1] >= existing.sum(1)).all()):
             return None
         scores = self.pipeline.score(seen, capacity, self.trace)
         checked_scores(self.pipeline.score, scores, seen.candidates, seen.keys.shape[:3])
@@ -83,11 +87,11 @@ class Round:
     def _counts(
         self, seen: Observation, backbone: Tensor, capacity: Tensor, mean_capacity: Tensor, candidates: Tensor
     ) -> Tensor:
-        rule = self.pipeline.heads
-        if not isinstance(rule, TableRule):
+        if self._table is None:
+            rule = cast(HeadRule, self.pipeline.heads)
             return rule(backbone, seen.candidates, capacity)
         if self._plan is None:
             batch, heads = seen.keys.shape[:2]
-            plan = rule.plan(candidates, mean_capacity, self.num_layers, heads)
-            self._plan = checked_whole(rule, "plan", plan, (self.num_layers, batch, heads))
+            plan = self._table.plan(candidates, mean_capacity, self.num_layers, heads)
+            self._plan = checked_whole(self._table, "plan", plan, (self.num_layers, batch, heads))
         return self._plan[seen.layer]

@@ -65,9 +65,11 @@ def _dense(tensor: Tensor, owners: Tensor, columns: Tensor) -> Tensor:
     if tensor.stride(-1) != 1 or not tensor.numel() or any(stride % size for stride in tensor.stride()[:-1]):
         return tensor[owners // heads, owners % heads, columns]
     row, head, entry = (stride // size for stride in tensor.stride()[:-1])
+    segments = torch.arange(tensor.shape[0] * heads, device=columns.device)
+    starts = (segments // heads * row + segments % heads * head).index_select(0, owners)
     last = sum((n - 1) * step for n, step in zip(tensor.shape, (row, head, entry), strict=False))
     rows = tensor.as_strided((last + 1, size), (size, 1))
-    return rows.index_select(0, owners // heads * row + owners % heads * head + columns * entry)
+    return rows.index_select(0, starts.add_(columns, alpha=entry))
 
 
 def _require_range(columns: Tensor, limits: Tensor) -> None:

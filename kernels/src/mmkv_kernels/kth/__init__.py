@@ -26,8 +26,9 @@ def kth_largest(scores: Tensor, counts: Tensor) -> Tensor:
         raise ValueError(f"scores is [B, H, N] and counts [B, H], got {tuple(scores.shape)} and {tuple(counts.shape)}")
     if not counts.numel():
         return scores.new_empty(*counts.shape, 1)
-    if bool((counts < 1).any()) or bool((counts > scores.shape[-1]).any()):
-        raise ValueError(f"counts go from 1 to {scores.shape[-1]}, got {int(counts.min())} to {int(counts.max())}")
+    low, high = torch.stack(counts.aminmax()).tolist()
+    if low < 1 or high > scores.shape[-1]:
+        raise ValueError(f"counts go from 1 to {scores.shape[-1]}, got {low} to {high}")
     return kth_largest_reference(scores, counts)
 
 

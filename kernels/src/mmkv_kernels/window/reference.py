@@ -1,5 +1,6 @@
 """Window attention in plain torch, one KV head at a time: its logits fit the processor's caches, all heads' do not."""
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -29,20 +30,33 @@ def window_attention_reference(
     if mask is None:
         queries = queries[:, :, max(0, queries.shape[2] - entries) :]  # rows before the first entry see nothing
     rows = queries.shape[2]
-    result = WindowAttention(*(keys.new_zeros(batch, heads, entries, dtype=torch.float32) for _ in range(2)))
-    if not rows or not entries:
-        return result
-    folded = fold_queries(queries, heads, scaling, softcap)
-    space = logit_space(folded, entries, rows)
-    visibility = Visibility(valid, mask, rows, entries, keys.device)
-    for b, part, _, view in visibility.views(batch, rows):
-        shares = row_shares(view.seen).expand(folded.shape[2], -1, -1)
-        for h in head_range(part, visibility.heads, heads):
-            weights = attention_weights(folded[b, h], keys[b, h], view, softcap, space)
-            received = torch.bmm(shares, weights)  # [G, 2, N]
-            joined = received.mean(0) if group == "mean" else received.amax(0)
-            result.mean[b, h], result.last[b, h] = joined.unbind(0)
-    return result
+    received = keys.new_zeros(2, batch, heads, entries, dtype=torch.float32)
+    if rows and entries:
+        folded = fold_queries(queries, heads, scaling, softcap)
+        space = logit_space(folded, entries, rows)
+        visibility = Visibility(valid, mask, rows, entries, keys.device)
+        for b, part, _, view in visibility.views(batch, rows):
+            join = _JOINS[group](row_shares(view.seen), folded.shape[2])
+            for h in head_range(part, visibility.heads, heads):
+                weights = attention_weights(folded[b, h], keys[b, h], view, softcap, space)
+                received[:, b, h] = join(weights)
+    return WindowAttention(*(x.clone() for x in received))
+
+
+Join = Callable[[Tensor], Tensor]
+"""Weights [G, R, N] of a KV head's query heads -> the mean and the last row, joined over the group, [2, N]."""
+
+
+def _mean(shares: Tensor, group: int) -> Join:
+    flat = shares.repeat(1, group) / group  # one product is faster than one for each query head
+    return lambda weights: flat @ weights.flatten(0, 1)
+
+
+def _max(shares: Tensor, group: int) -> Join:
+    return lambda weights: (shares @ weights).amax(0)
+
+
+_JOINS = {"mean": _mean, "max": _max}
 
 
 def row_shares(seen: Tensor) -> Tensor:

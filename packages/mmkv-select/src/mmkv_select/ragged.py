@@ -86,7 +86,7 @@ def compact(keys: Tensor, values: Tensor, slots: Tensor, kept: Kept) -> RaggedKV
     if tuple(kept.lengths.shape) != (batch, heads) or kept.size != length:
         raise ValueError(f"kept is for {(*kept.lengths.shape, kept.size)}, the cache is {(batch, heads, length)}")
     gathered = gather_kv(keys, values, kept.columns, kept.cu_seqlens)
-    owners = kept.owners()
-    head = owners % heads if slots.shape[1] > 1 else torch.zeros_like(owners)
-    chosen = slots[owners // heads, head, kept.columns].to(torch.int32)
+    starts = torch.arange(batch * slots.shape[1], device=keys.device).view(batch, -1).expand(-1, heads) * length
+    places = starts.flatten().index_select(0, kept.owners()).add_(kept.columns)
+    chosen = slots.reshape(-1).index_select(0, places).to(torch.int32)
     return RaggedKV(gathered.keys, gathered.values, chosen, kept.cu_seqlens, (batch, heads))
