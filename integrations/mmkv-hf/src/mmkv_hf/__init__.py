@@ -4,17 +4,22 @@ from mmkv_pipelines import Budget, Pipeline, register
 
 from ._compat import set_attention
 from .cache import CompressedCache
+from .profile import LabelledPage, TextBox, profile_heads, read_pages
 from .report import LayerReport, Report
 from .session import Session, compress
 
 __all__ = [
     "Budget",
     "CompressedCache",
+    "LabelledPage",
     "LayerReport",
     "Pipeline",
     "Report",
     "Session",
+    "TextBox",
     "compress",
+    "profile_heads",
+    "read_pages",
     "register",
     "set_attention",
 ]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import transformers
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
@@ -55,6 +57,18 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
         raise ValueError(
             f"{type(model).__name__} does not let its attention implementation be set, so mmkv cannot see its keys"
         )
+
+
+def modalities(config: Any, input_ids: Tensor | None, token_types: Tensor | None) -> Tensor | None:
+    """[B, N] int8: 0 text, 1 image, 2 video; None when it cannot be told."""
+    if input_ids is None:
+        return None if token_types is None else token_types.to(torch.int8)
+    found = torch.zeros_like(input_ids, dtype=torch.int8)
+    for value, name in ((1, "image_token_id"), (2, "video_token_id")):
+        token = getattr(config, name, None)
+        if token is not None:
+            found[input_ids == token] = value
+    return found
 
 
 def template_layers(config: Any) -> list[CacheLayerMixin]:

@@ -157,8 +157,8 @@ def checked_budget(pipeline: Pipeline, budget: int | float | Budget) -> Budget:
     return made
 
 
-def make_layers(config: Any, request: Request) -> list[CacheLayerMixin]:
-    """One layer per layer of the decoder.
+def make_layers(config: Any, request: Request, kind: type[CompressedLayer] = CompressedLayer) -> list[CacheLayerMixin]:
+    """One layer per layer of the decoder, those with full self-attention of the given kind.
 
     Raises:
         ValueError: there is none that can be compressed, or a table was made for another model.
@@ -168,21 +168,23 @@ def make_layers(config: Any, request: Request) -> list[CacheLayerMixin]:
     image = [i for i, layer in enumerate(template) if is_full_attention(layer) and i in cross]
     if not own:
         raise ValueError(f"{config.model_type} has no full-attention layer whose cache could be compressed")
-    for group, kind, indices in _groups(request, own, image):
+    for group, made, indices in _groups(request, kind, own, image):
         _check_table(config, group)
         request.last_layer = max(request.last_layer, *indices)
         for ordinal, i in enumerate(indices):
-            template[i] = kind(group, ordinal, i, readers.get(i, i))
+            template[i] = made(group, ordinal, i, readers.get(i, i))
     return template
 
 
-def _groups(request: Request, own: list[int], image: list[int]) -> list[tuple[Group, type[CompressedLayer], list[int]]]:
+def _groups(
+    request: Request, kind: type[CompressedLayer], own: list[int], image: list[int]
+) -> list[tuple[Group, type[CompressedLayer], list[int]]]:
     total = len(own) + len(image)
     heads = Equal() if isinstance(request.pipeline.heads, TableRule) else request.pipeline.heads
     select = replace(request.pipeline.select, recent=0, sinks=0, protect=None)
     free = replace(request.pipeline, heads=heads, select=select)
     groups: list[tuple[Group, type[CompressedLayer], list[int]]] = [
-        (Group(request, request.pipeline, len(own), total), CompressedLayer, own)
+        (Group(request, request.pipeline, len(own), total), kind, own)
     ]
     if image:
         groups.append((Group(request, free, len(image), total), CrossLayer, image))

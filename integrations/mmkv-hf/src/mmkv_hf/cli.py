@@ -1,7 +1,9 @@
-"""The command line: `mmkv methods`, `mmkv generate`. Needs mmkv-hf[cli]."""
+"""The command line: `mmkv methods`, `mmkv generate`, `mmkv profile-heads`. Needs mmkv-hf[cli]."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +12,7 @@ try:
     from PIL import Image
     from rich.console import Console
     from rich.markup import escape
+    from rich.progress import track
     from rich.table import Table
 except ImportError as error:
     raise ImportError("the command line needs typer, rich and pillow; install mmkv-hf[cli]") from error
@@ -48,11 +51,52 @@ def generate(
     plot: Annotated[Path | None, typer.Option(help="Write a picture of the kept vision tokens here.")] = None,
 ) -> None:
     """Answers one prompt from a compressed cache and reports what the cache holds."""
-    try:
+    with _clear_errors():
         _generate(model, prompt, image or [], pipeline, budget, max_new_tokens, plot)
+
+
+@app.command()
+def profile_heads(
+    model: Annotated[str, typer.Option(help="Name or folder of a transformers model.")],
+    pages: Annotated[Path, typer.Option(help="JSON Lines of pages with text boxes; the format is in the README.")],
+    out: Annotated[Path, typer.Option(help="The table of head scores to write, for sparsemm(table=...).")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Read only the first pages.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens read aloud per page.")] = 1024,
+) -> None:
+    """Measures which heads look at what they read (SparseMM's visual heads)."""
+    with _clear_errors():
+        _profile_heads(model, pages, out, limit, max_new_tokens)
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """What the user can mend is one line on stderr and exit code 1."""
+    try:
+        yield
     except (ValueError, OSError, ImportError) as error:
         Console(stderr=True).print("[bold red]error:[/]", escape(str(error)), soft_wrap=True)
         raise typer.Exit(1) from error
+
+
+def _profile_heads(name: str, pages: Path, out: Path, limit: int | None, max_new_tokens: int) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    from .profile import profile_heads, read_pages
+
+    labelled = read_pages(pages)[:limit]
+    if not out.parent.is_dir():
+        raise ValueError(f"cannot write {out}: there is no folder {out.parent}")
+    processor = _processor(name)
+    model = AutoModelForImageTextToText.from_pretrained(name)
+    scores = profile_heads(
+        model,
+        lambda prompt, images: _inputs(processor, prompt, images).to(model.device),
+        lambda token: str(processor.decode([token])),
+        track(labelled, description="pages", console=Console(stderr=True)),
+        max_new_tokens=max_new_tokens,
+    )
+    scores.save(out)
+    _console.print(f"wrote {out}: {len(scores.scores)} layers of {len(scores.scores[0])} query heads", markup=False)
 
 
 def _generate(

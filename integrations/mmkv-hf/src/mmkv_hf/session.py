@@ -6,14 +6,13 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
-import torch
 import torch.nn.functional as F
 from mmkv_pipelines import Budget, Pipeline
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import attention  # noqa: F401  registers the attention function
-from ._compat import ATTENTION, CHUNKS_LATER_TURNS, attention_setting, set_attention, text_config
+from ._compat import ATTENTION, CHUNKS_LATER_TURNS, attention_setting, modalities, set_attention, text_config
 from .cache import CompressedCache, checked_budget, make_layers
 from .plot import Grid, known_grids
 from .report import Report, make_report
@@ -129,7 +128,7 @@ class Session:
         prompt = input_ids if inputs_embeds is None else inputs_embeds
         if prompt is None or prompt.shape[1] == 0:
             raise ValueError("the prompt is empty; pass input_ids or inputs_embeds with at least one token")
-        self._modality = self._modalities(input_ids, inputs.get("mm_token_type_ids"))
+        self._modality = modalities(self.model.config, input_ids, inputs.get("mm_token_type_ids"))
         self._look_at(inputs, prompt.shape[1])
         self.last = CompressedCache(
             self.model,
@@ -180,7 +179,7 @@ class Session:
             raise ValueError("the prompt is empty; pass the whole conversation as input_ids or inputs_embeds")
         # As in stock generate: only the new tokens may be given where the attention mask shows that there are more.
         length = tokens.shape[1] if prompt["attention_mask"] is None else prompt["attention_mask"].shape[-1]
-        modality = self._modalities(prompt["input_ids"], prompt["mm_token_type_ids"])
+        modality = modalities(self.model.config, prompt["input_ids"], prompt["mm_token_type_ids"])
         self._modality = modality if modality is not None and modality.shape[1] == length else None
         self._look_at(prompt, length)
         protect = self.protect
@@ -211,17 +210,6 @@ class Session:
             raise RuntimeError(
                 f"the attention of layers {waiting} never went through mmkv; this model cannot be compressed"
             )
-
-    def _modalities(self, input_ids: Tensor | None, token_types: Tensor | None) -> Tensor | None:
-        """[B, N] int8: 0 text, 1 image, 2 video; None when it cannot be told."""
-        if input_ids is None:
-            return None if token_types is None else token_types.to(torch.int8)
-        found = torch.zeros_like(input_ids, dtype=torch.int8)
-        for value, name in ((1, "image_token_id"), (2, "video_token_id")):
-            token = getattr(self.model.config, name, None)
-            if token is not None:
-                found[input_ids == token] = value
-        return found
 
 
 def _check_later_turn(settings: dict[str, Any]) -> None:
