@@ -296,6 +296,22 @@ def test_second_turn_after_beams(kit, pipeline):
 
 
 @pytest.mark.parametrize("pipeline", [RAGGED, UNIFORM])
+def test_a_turn_of_another_batch_size_is_refused(kit, pipeline):
+    """After beams the cache has a row for each; going on with one row has to say so, and leaves the cache whole."""
+    tiny = kit.vlm("llava")
+    with compress(tiny.model, pipeline, 30) as session:
+        beams = {"num_beams": 2, "num_return_sequences": 2, "do_sample": False, "return_dict_in_generate": True}
+        out = tiny.model.generate(**tiny.inputs, max_new_tokens=3, **beams)
+        cache, words = out.past_key_values, out.sequences
+        assert cache.compressed_layers[0].batch_size == 2
+        more = torch.cat([words, torch.full((2, 3), 5)], dim=1)
+        with pytest.raises(ValueError, match="holds 2 rows and is given tokens of 1"):
+            tiny.model.generate(input_ids=more[:1], max_new_tokens=2, past_key_values=cache)
+        both = tiny.model.generate(input_ids=more, max_new_tokens=2, do_sample=False, past_key_values=cache)
+    assert both.shape == (2, more.shape[1] + 2)
+
+
+@pytest.mark.parametrize("pipeline", [RAGGED, UNIFORM])
 def test_second_image_in_the_second_turn(kit, pipeline):
     tiny = kit.vlm("llava", dtype=F64, images=2)
     ids, pixels = tiny.inputs["input_ids"], tiny.inputs["pixel_values"]

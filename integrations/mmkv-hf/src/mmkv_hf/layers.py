@@ -83,9 +83,16 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         Raises:
             RuntimeError: the keys handed out before never reached the "mmkv" attention function, an earlier pass was
                 cut short, or gradients are being recorded.
+            ValueError: another batch size than what is held.
         """
         request = self.group.request
         request.check()
+        if self.is_initialized and key_states.shape[0] != self.batch_size:
+            raise ValueError(
+                f"the cache holds {self.batch_size} rows and is given tokens of {key_states.shape[0]}; after beams or "
+                "num_return_sequences it has a row for each: go on with all of them, or pick rows with "
+                "cache.batch_select_indices(...)"
+            )
         if key_states.requires_grad:
             raise RuntimeError("a CompressedCache is for inference; run the model under torch.no_grad()")
         request.advance(self.ordinal, self.seen + key_states.shape[-2])
