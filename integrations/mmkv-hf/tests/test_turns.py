@@ -299,7 +299,7 @@ def test_second_turn_after_beams(kit, pipeline):
 def test_a_turn_of_another_batch_size_is_refused(kit, pipeline):
     """After beams the cache has a row for each; going on with one row has to say so, and leaves the cache whole."""
     tiny = kit.vlm("llava")
-    with compress(tiny.model, pipeline, 30) as session:
+    with compress(tiny.model, pipeline, 30):
         beams = {"num_beams": 2, "num_return_sequences": 2, "do_sample": False, "return_dict_in_generate": True}
         out = tiny.model.generate(**tiny.inputs, max_new_tokens=3, **beams)
         cache, words = out.past_key_values, out.sequences
