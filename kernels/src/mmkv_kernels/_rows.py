@@ -3,9 +3,9 @@
 Shared by the references that look at attention from the entries' side (`window`, `columns`).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import inf
 from typing import NamedTuple
 
 import torch
@@ -98,12 +98,11 @@ def attention_weights(queries: Tensor, keys: Tensor, view: View, softcap: float 
 
     The result lies in `space` and holds until the next call.
     """
-    group, rows, _ = queries.shape
-    logits = space[: group * rows * view.stop].view(group * rows, view.stop)
-    torch.mm(queries.flatten(0, 1), keys[: view.stop].float().t(), out=logits)
+    shape = (*queries.shape[:2], view.stop)
+    logits = space[: math.prod(shape)].view(shape)
+    torch.mm(queries.flatten(0, 1), keys[: view.stop].float().t(), out=logits.view(-1, view.stop))
     if softcap is not None:
         logits.tanh_().mul_(softcap)
-    logits = logits.view(group, rows, view.stop)
     view.hide(logits)
     return torch.softmax(logits, -1, out=logits)
 
@@ -111,8 +110,8 @@ def attention_weights(queries: Tensor, keys: Tensor, view: View, softcap: float 
 def _causal_view(valid: Tensor | None, first: int, stop: int, device: torch.device) -> View:
     """The view of rows that are entries first .. stop - 1; a valid one sees at least itself, the others are padding."""
     future = torch.ones(stop - first, stop - first, dtype=torch.bool, device=device).triu_(1)
-    ceiling = torch.where(future, FLOOR, inf)
-    if valid is None:
+    ceiling = torch.where(future, FLOOR, math.inf)
+    if valid is None or bool(valid.all()):
         return View(stop, torch.ones(stop - first, dtype=torch.bool, device=device), None, None, ceiling)
     seen = valid[first:stop]
     return View(stop, seen, _indices(~seen), _indices(~valid[:stop]), ceiling)
@@ -123,7 +122,7 @@ def _masked_view(mask: Tensor, valid: Tensor | None) -> View:
     visible = mask if valid is None else mask & valid
     seen = visible.any(-1)
     hidden = None if valid is None else _indices(~valid)
-    return View(mask.shape[1], seen, _indices(~seen), hidden, torch.where(visible, inf, FLOOR))
+    return View(mask.shape[1], seen, _indices(~seen), hidden, torch.where(visible, math.inf, FLOOR))
 
 
 def _of_group(tensor: Tensor, b: int, group: int) -> Tensor:

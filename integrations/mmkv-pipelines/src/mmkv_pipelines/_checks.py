@@ -26,18 +26,18 @@ def checked_scores(scorer: object, scores: Scores, candidates: Tensor, shape: Se
     Raises:
         ValueError: they are not.
     """
-    bad = {}
     for what in ("rank", "backbone"):
         score = getattr(scores, what, None)
         if not isinstance(score, Tensor) or not score.is_floating_point() or score.shape != torch.Size(shape):
             raise ValueError(f"{_name(scorer)}: {what} must be float {list(shape)}, got {_found(score)}")
-        if what == "rank" or score is not scores.rank:
-            bad[what] = ~score.isfinite() & candidates
-    if bool(torch.stack([flags.any() for flags in bad.values()]).any()):  # one answer: each waits for the device
-        what = "rank" if bool(bad["rank"].any()) else "backbone"
-        raise ValueError(
-            f"{_name(scorer)}: a candidate's {what} is NaN or infinite; the model's keys or queries probably are too"
-        )
+    if bool((scores.rank.sum() + scores.backbone.sum()).isfinite()):  # asked once: every answer waits for the device
+        return scores
+    for what in ("rank", "backbone"):
+        if bool((~getattr(scores, what).isfinite() & candidates).any()):
+            raise ValueError(
+                f"{_name(scorer)}: a candidate's {what} is NaN or infinite; the model's keys or queries probably are "
+                "too"
+            )
     return scores
 
 
@@ -51,6 +51,8 @@ def checked_counts(rule: object, counts: object, existing: Tensor) -> Tensor:
         ValueError: they are not.
     """
     counts = checked_whole(rule, "counts", counts, existing.shape)
+    if counts.numel() and 0 <= int(counts.min()) == int(counts.max()):
+        return counts
     negative = wrong = counts < 0
     if getattr(rule, "counts", None) == "equal" and counts.numel():
         given = counts.minimum(existing)

@@ -47,7 +47,8 @@ class Kept:
     def owners(self) -> Tensor:
         """[T] int64, the flat (row, head) index each entry belongs to."""
         flat = self.lengths.flatten()
-        return torch.repeat_interleave(torch.arange(flat.numel(), device=flat.device), flat)
+        segments = torch.arange(flat.numel(), device=flat.device)
+        return segments.repeat_interleave(flat, output_size=self.columns.shape[0])
 
     def is_everything(self, valid: Tensor) -> bool:
         """True when nothing of valid [B, H or 1, N] was dropped."""

@@ -128,5 +128,6 @@ def _check(rank: Tensor, counts: Tensor, is_candidate: Tensor, protected: Tensor
             raise ValueError(f"{name} is bool [B, H or 1, N], got {mask.dtype} {tuple(mask.shape)}")
     if bool((counts < 0).any()):
         raise ValueError("counts cannot be negative")
-    if bool((~rank.isfinite() & is_candidate).any()):
+    # The sum is asked first, as it is far cheaper; it may also be infinite because of what no candidate holds.
+    if not bool(rank.sum().isfinite()) and bool((~rank.isfinite() & is_candidate).any()):
         raise ValueError("a candidate's rank is NaN or infinite; the model's keys or queries probably are too")
