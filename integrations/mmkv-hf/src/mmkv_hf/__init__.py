@@ -4,6 +4,7 @@ from mmkv_pipelines import Budget, Pipeline, register
 
 from ._compat import set_attention
 from .cache import CompressedCache
+from .lazy import LazyCache, LazySession, share
 from .profile import LabelledPage, TextBox, profile_heads, read_pages
 from .report import LayerReport, Report
 from .session import Session, compress
@@ -13,6 +14,8 @@ __all__ = [
     "CompressedCache",
     "LabelledPage",
     "LayerReport",
+    "LazyCache",
+    "LazySession",
     "Pipeline",
     "Report",
     "Session",
@@ -22,4 +25,5 @@ __all__ = [
     "read_pages",
     "register",
     "set_attention",
+    "share",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,6 +71,30 @@ def modalities(config: Any, input_ids: Tensor | None, token_types: Tensor | None
         if token is not None:
             found[input_ids == token] = value
     return found
+
+
+@contextmanager
+def attention_set(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """The attention implementation of the language model, for as long as the context is open."""
+    before = attention_setting(model)
+    set_attention(model, name)
+    try:
+        yield
+    finally:
+        set_attention(model, before)
+
+
+@contextmanager
+def attributes_set(model: PreTrainedModel, **values: Any) -> Iterator[None]:
+    """Attributes of this one instance, for as long as the context is open."""
+    own = {name: vars(model)[name] for name in values if name in vars(model)}
+    vars(model).update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            vars(model).pop(name, None)
+        vars(model).update(own)
 
 
 def template_layers(config: Any) -> list[CacheLayerMixin]:

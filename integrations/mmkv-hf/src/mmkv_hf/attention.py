@@ -41,6 +41,9 @@ def attention_forward(
     Returns:
         [B, n, Hq, Dv] and None for the weights.
     """
+    lending = kwargs.pop("mmkv_lending", None)
+    if lending is not None:
+        query, key = lending.exchange(module.layer_idx, query, key)
     layer = layer_of(key)
     _check_extras(kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from . import attention  # noqa: F401  registers the attention function
-from ._compat import ATTENTION, attention_setting, modalities, set_attention, text_config
+from ._compat import ATTENTION, attention_set, modalities, text_config
 from .cache import make_layers
 from .layers import CompressedLayer
 from .plot import Grid, known_grids
@@ -216,14 +216,9 @@ def _read_aloud(model: PreTrainedModel, inputs: Any, max_new_tokens: int) -> tup
     """Greedy tokens [steps] and, for each, the column every head looked at most, [steps, L, Hq]."""
     config = text_config(model)
     layers = make_layers(config, Request(Pipeline(), Budget(ratio=1.0)), kind=_Watched)
-    before = attention_setting(model)
-    set_attention(model, ATTENTION)
-    try:
-        out = model.generate(
-            **inputs, past_key_values=Cache(layers=layers), max_new_tokens=max_new_tokens, do_sample=False
-        )
-    finally:
-        set_attention(model, before)
+    settings = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    with attention_set(model, ATTENTION):
+        out = model.generate(**inputs, past_key_values=Cache(layers=layers), **settings)
     tokens = out[0, inputs["input_ids"].shape[1] :].cpu()
     looked = [torch.stack(layer.looked) for layer in layers if isinstance(layer, _Watched)]
     return tokens, torch.stack(looked, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import attention  # noqa: F401  registers the attention function
-from ._compat import ATTENTION, CHUNKS_LATER_TURNS, attention_setting, modalities, set_attention, text_config
+from ._compat import ATTENTION, CHUNKS_LATER_TURNS, attention_set, attributes_set, modalities, text_config
 from .cache import CompressedCache, checked_budget, make_layers
 from .plot import Grid, known_grids
 from .report import Report, make_report
@@ -83,7 +84,7 @@ class Session:
         self._modality: Tensor | None = None
         self._valid: Tensor | None = None  # [B, N] bool of the latest prompt
         self._grids: list[list[Grid]] | None = None  # of its images
-        self._before: tuple[str, dict[str, Any]]  # attention setting and instance attributes, while the session is open
+        self._open: ExitStack
         self._stock_generate: Callable[..., Any]
         make_layers(text_config(model), Request(self.pipeline, self.budget))  # says now what would fail later
         if not model.can_generate():
@@ -93,23 +94,19 @@ class Session:
         wrapped = (getattr(vars(self.model).get(name), "__self__", None) for name in _WRAPPED)
         if any(isinstance(owner, Session) for owner in wrapped):
             raise RuntimeError("a session is open on this model already; sessions cannot be nested")
-        own = {name: vars(self.model)[name] for name in _WRAPPED if name in vars(self.model)}
-        before = (attention_setting(self.model), own)
-        set_attention(self.model, ATTENTION)
-        self._before, self._stock_generate = before, self.model.generate
-        self.model.generate = self._generate
-        self.model.generate_batch = self._generate_batch
+        with ExitStack() as stack:
+            stack.enter_context(attention_set(self.model, ATTENTION))
+            self._stock_generate = self.model.generate
+            ours = {"generate": self._generate, "generate_batch": self._generate_batch}
+            stack.enter_context(attributes_set(self.model, **ours))
+            self._open = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        setting, own = self._before
-        for name in _WRAPPED:
-            vars(self.model).pop(name, None)
-        vars(self.model).update(own)
-        set_attention(self.model, setting)
-        del self._before, self._stock_generate
+        self._open.close()
+        del self._open, self._stock_generate
 
     def cache(
         self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **inputs: Any

@@ -1,0 +1,349 @@
+"""Lazy Attention on stock models: layers that attend with another layer's queries and keys (mmkv-layershare's plans).
+
+The queries and keys of an anchor are handed to the lazy layers of its block inside one forward pass, by the attention
+function; what must live longer is in a `LazyCache`. No module is replaced, and gradients flow: a lazy layer's loss
+reaches the anchor's projections, so a model can be trained inside a session.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from mmkv_layershare import LayerKind, LazyPlan
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from . import attention  # noqa: F401  registers the attention function
+from ._compat import (
+    ATTENTION,
+    attention_set,
+    attributes_set,
+    cross_layers,
+    is_full_attention,
+    last_readers,
+    modalities,
+    template_layers,
+    text_config,
+)
+
+
+def layer_kinds(model: Any) -> list[LayerKind]:
+    """What a plan has to respect, of every layer of a model or config."""
+    config = text_config(model)
+    template, cross, readers = template_layers(config), cross_layers(config), last_readers(config)
+    types = getattr(config, "layer_types", None) or ["full_attention"] * len(template)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return [
+        LayerKind(
+            config.num_attention_heads,
+            heads,
+            width,
+            _rope(config, types[i]),
+            is_full_attention(layer) and i not in cross and readers.get(i, i) == i,
+        )
+        for i, layer in enumerate(template)
+    ]
+
+
+def _rope(config: Any, kind: str) -> str:
+    """The rotary parameters of layers of this type, as text."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    own = parameters.get(kind, parameters) if isinstance(parameters, dict) else parameters
+    return repr(sorted(own.items())) if isinstance(own, dict) else repr(own)
+
+
+class _Vision:
+    """Which tokens of a conversation are vision tokens: `seen` [B, S] bool, those of the pass under way included."""
+
+    def __init__(self) -> None:
+        self.seen: Tensor | None = None
+
+    def extend(self, new: Tensor) -> None:
+        self.seen = new if self.seen is None else torch.cat([self.seen, new], dim=1)
+
+    def rows(self, index: Tensor) -> None:
+        self.seen = None if self.seen is None else self.seen[index.to(self.seen.device)]
+
+
+class _LazyLayer(CacheLayerMixin):  # type: ignore[misc]
+    """A cache layer of a lazy attention layer: all values, and in visual mode the keys of text tokens.
+
+    Attributes:
+        vision: shared by the layers of a cache; None in global mode.
+        values: [B, H, S, D].
+        text_keys: [B, H, T, D], of each row's text tokens, right-aligned; T is the most that any row has.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, vision: _Vision | None) -> None:
+        super().__init__()
+        self.vision = vision
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Takes dtype, device and shapes from the first values."""
+        self.dtype, self.device = value_states.dtype, value_states.device
+        self.values, self.text_keys = value_states[:, :, :0].clone(), key_states[:, :, :0].clone()
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Appends. The keys handed out are those of text tokens at their columns; the others mean nothing."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.values = torch.cat([self.values, value_states], dim=2)
+        if self.vision is None:
+            return key_states, self.values
+        assert self.vision.seen is not None
+        is_text, count = ~self.vision.seen, key_states.shape[2]
+        if bool(is_text[:, -count:].all()):
+            self.text_keys = torch.cat([self.text_keys, key_states], dim=2)
+        else:
+            before = spread(self.text_keys, is_text[:, :-count])
+            self.text_keys = pack(torch.cat([before, key_states], dim=2), is_text)
+        return spread(self.text_keys, is_text), self.values
+
+    def get_seq_length(self) -> int:
+        """Tokens seen."""
+        return int(self.values.shape[2]) if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns a mask needs, and the first one."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the latest tokens, which are text."""
+        count = abs(int(tokens_to_remove))
+        if count and self.is_initialized:
+            self.values = self.values[:, :, :-count].clone()
+            self.text_keys = self.text_keys[:, :, :-count].clone()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the given batch rows."""
+        if self.is_initialized:
+            self.values, self.text_keys = self.values[indices], self.text_keys[indices]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: row i continues what row beam_idx[i] was."""
+        if self.is_initialized:
+            self.batch_select_indices(beam_idx.to(self.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every batch row."""
+        if self.is_initialized:
+            self.batch_select_indices(torch.arange(len(self.values), device=self.device).repeat_interleave(repeats))
+
+
+def pack(keys: Tensor, is_text: Tensor) -> Tensor:
+    """The entries of keys [B, H, S, D] where is_text [B, S], right-aligned: [B, H, T, D], T the most of any row."""
+    most = int(is_text.sum(-1).max()) if is_text.numel() else 0
+    order = is_text.to(torch.int8).argsort(dim=1, stable=True)[:, is_text.shape[1] - most :]
+    return keys.gather(2, order[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3]))
+
+
+def spread(packed: Tensor, is_text: Tensor) -> Tensor:
+    """What `pack` gave, back at its columns: [B, H, S, D]; columns that are no text hold anything finite."""
+    if not packed.shape[2]:
+        return packed.new_zeros(*packed.shape[:2], is_text.shape[1], packed.shape[3])
+    place = is_text.cumsum(-1) - 1 + packed.shape[2] - is_text.sum(-1, keepdim=True)
+    index = place.clamp(min=0)[:, None, :, None].expand(-1, packed.shape[1], -1, packed.shape[3])
+    return packed.gather(2, index)
+
+
+class LazyCache(Cache):  # type: ignore[misc]
+    """A `past_key_values` that stores for lazy layers only what they cannot borrow. Works inside `share` alone.
+
+    Args:
+        model: the model, or its config.
+        plan: which layers are lazy.
+    """
+
+    def __init__(self, model: Any, plan: LazyPlan) -> None:
+        self.plan, self.vision = plan, _Vision()
+        layers = template_layers(text_config(model))
+        for layer in plan.lazy:
+            layers[layer] = _LazyLayer(self.vision if plan.mode == "visual" else None)
+        super().__init__(layers=layers)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the latest tokens.
+
+        Raises:
+            ValueError: one of them is a vision token.
+        """
+        count, seen = abs(int(tokens_to_remove)), self.vision.seen
+        if count and seen is not None:
+            if bool(seen[:, -count:].any()):
+                raise ValueError(f"cannot remove {count} tokens: there are vision tokens among them")
+            self.vision.seen = seen[:, :-count]
+        super().crop(tokens_to_remove)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the given batch rows."""
+        self.vision.rows(indices)
+        super().batch_select_indices(indices)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search."""
+        self.vision.rows(beam_idx)
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every batch row."""
+        if self.vision.seen is not None:
+            self.vision.seen = self.vision.seen.repeat_interleave(repeats, dim=0)
+        super().batch_repeat_interleave(repeats)
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.vision.seen = None
+        super().reset()
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the layers."""
+        return [x for layer in self.layers for x in vars(layer).values() if isinstance(x, Tensor)]
+
+
+class Lending:
+    """What an anchor lends to the lazy layers of its block, within one forward pass.
+
+    Attributes:
+        plan: who lends to whom.
+        vision: [B, S] bool, in visual mode, of this pass.
+        lent: lazy layers served in this pass.
+    """
+
+    def __init__(self, plan: LazyPlan) -> None:
+        self.plan = plan
+        self.vision: Tensor | None = None
+        self.lent = 0
+        self._query: Tensor | None = None
+        self._key: Tensor | None = None
+
+    def begin(self, vision: Tensor | None) -> None:
+        """A forward pass over tokens of which `vision` [B, S] are vision tokens, cached ones included."""
+        self.vision, self.lent = vision, 0
+        self._query = self._key = None
+
+    def exchange(self, layer: int, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [B, Hq, n, D] and keys [B, H, S, D] that `layer` attends with, from its own."""
+        anchor = self.plan.anchor(layer)
+        if anchor == layer:
+            if self.plan.last_reader(layer) > layer:
+                self._query, self._key = query, key
+            return query, key
+        assert self._query is not None
+        assert self._key is not None
+        borrowed = self._query, self._key
+        if self.plan.last_reader(anchor) == layer:
+            self._query = self._key = None
+        self.lent += 1
+        if self.vision is None:
+            return borrowed
+        columns = self.vision[:, None, :, None]
+        rows = columns[:, :, columns.shape[2] - query.shape[2] :]
+        return torch.where(rows, borrowed[0], query), torch.where(columns, borrowed[1], key)
+
+
+def share(model: PreTrainedModel, plan: LazyPlan) -> LazySession:
+    """A session in which lazy layers borrow their anchor's attention, in `generate`, forward passes and training.
+
+    Example:
+        >>> with share(model, LazyPlan(4, ((1, 3),))):
+        ...     out = model.generate(**inputs)
+
+    Args:
+        model: a decoder-only transformers model.
+        plan: which layers are lazy; see mmkv-layershare.
+
+    Raises:
+        ValueError: the plan does not fit the model: another number of layers, or a block of layers that cannot share.
+    """
+    return LazySession(model, plan)
+
+
+class LazySession:
+    """What `share` returns; enter it with `with`. Wraps `generate` on this one instance, nothing of transformers.
+
+    Attributes:
+        model: the model.
+        plan: the plan.
+        last: the cache of the latest `generate`.
+    """
+
+    def __init__(self, model: PreTrainedModel, plan: LazyPlan) -> None:
+        plan.check(layer_kinds(model))
+        self.model, self.plan = model, plan
+        self.last: LazyCache | None = None
+        self._lending = Lending(plan)
+        self._stack: ExitStack
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.enter_context(attention_set(self.model, ATTENTION))
+            generate = self.model.generate
+            stack.enter_context(attributes_set(self.model, generate=lambda *a, **k: self._generate(generate, *a, **k)))
+            decoder = self.model.get_decoder()
+            hooks = [
+                self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
+                decoder.register_forward_pre_hook(self._lend, with_kwargs=True),
+                decoder.register_forward_hook(self._check_lent),
+            ]
+            for hook in hooks:
+                stack.callback(hook.remove)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+        self._lending.begin(None)
+
+    def cache(self) -> LazyCache:
+        """An empty cache for a hand-written forward loop."""
+        self.last = LazyCache(self.model, self.plan)
+        return self.last
+
+    def _generate(self, generate: Any, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        if past_key_values is not None and not isinstance(past_key_values, LazyCache):
+            raise ValueError(f"a lazy session continues a LazyCache, not a {type(past_key_values).__name__}")
+        if kwargs.get("use_cache") is False:
+            return generate(*args, **kwargs)
+        return generate(*args, past_key_values=past_key_values or self.cache(), **kwargs)
+
+    def _begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if model.training and getattr(model, "is_gradient_checkpointing", False):
+            raise RuntimeError("gradient checkpointing runs layers anew, out of the order lazy layers borrow in")
+        if self.plan.mode == "global":
+            self._lending.begin(None)
+            return
+        cache = kwargs.get("past_key_values")
+        ids = args[0] if args else kwargs.get("input_ids")
+        new = modalities(model.config, ids, kwargs.get("mm_token_type_ids"))
+        if new is None:
+            raise ValueError(
+                "visual mode has to know the vision tokens: pass input_ids, or mm_token_type_ids beside inputs_embeds"
+            )
+        vision = _Vision() if not isinstance(cache, LazyCache) else cache.vision
+        vision.extend(new > 0)
+        self._lending.begin(vision.seen)
+
+    def _lend(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "mmkv_lending": self._lending}
+
+    def _check_lent(self, decoder: Any, args: tuple[Any, ...], output: Any) -> None:
+        if self._lending.lent != len(self.plan.lazy):
+            raise RuntimeError(
+                f"{self._lending.lent} of {len(self.plan.lazy)} lazy layers borrowed attention: "
+                f"{type(self.model).__name__} does not hand its arguments down to its attention layers"
+            )
