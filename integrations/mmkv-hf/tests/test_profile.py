@@ -96,7 +96,7 @@ def test_pages_are_read_with_paths_beside_the_file(tmp_path):
     ("line", "message"),
     [
         ("{", "line 1"),
-        ({"images": ["p.png"]}, "boxes"),
+        ({"boxes": []}, "images"),
         ({"images": "p.png", "boxes": []}, "list of paths"),
         ({"images": ["p.png"], "boxes": [{"text": " ", "box": [0, 0, 8, 8]}]}, "needs text"),
         ({"images": ["p.png"], "boxes": [{"text": "a", "box": [8, 0, 8, 8]}]}, "left < right"),

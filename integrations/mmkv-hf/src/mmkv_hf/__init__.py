@@ -4,6 +4,7 @@ from mmkv_pipelines import Budget, Pipeline, register
 
 from ._compat import set_attention
 from .cache import CompressedCache
+from .calibrate import plot_divergences, profile_layers
 from .lazy import LazyCache, LazySession, share
 from .profile import LabelledPage, TextBox, profile_heads, read_pages
 from .report import LayerReport, Report
@@ -21,7 +22,9 @@ __all__ = [
     "Session",
     "TextBox",
     "compress",
+    "plot_divergences",
     "profile_heads",
+    "profile_layers",
     "read_pages",
     "register",
     "set_attention",

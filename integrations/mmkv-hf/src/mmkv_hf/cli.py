@@ -1,4 +1,4 @@
-"""The command line: `mmkv methods`, `mmkv generate`, `mmkv profile-heads`. Needs mmkv-hf[cli]."""
+"""The command line: `mmkv methods`, `generate`, `profile-heads`, `profile-layers`. Needs mmkv-hf[cli]."""
 
 from __future__ import annotations
 
@@ -68,6 +68,25 @@ def profile_heads(
         _profile_heads(model, pages, out, limit, max_new_tokens)
 
 
+@app.command()
+def profile_layers(
+    model: Annotated[str, typer.Option(help="Name or folder of a transformers model.")],
+    pages: Annotated[Path, typer.Option(help="JSON Lines of pages with prompts; the format is in the README.")],
+    out: Annotated[Path, typer.Option(help="The plan of lazy layers to write.")],
+    lazy_share: Annotated[float | None, typer.Option(help="Least share of the layers that become lazy.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Instead: neighbours that differ by less are alike.")] = None,
+    max_block: Annotated[int, typer.Option(help="Most layers of a block.")] = 5,
+    mode: Annotated[str, typer.Option(help="visual or global.")] = "visual",
+    over: Annotated[str, typer.Option(help="Tokens compared: all or vision.")] = "all",
+    limit: Annotated[int | None, typer.Option(min=1, help="Read only the first pages.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the heat map of divergences here.")] = None,
+) -> None:
+    """Measures how differently the layers attend, and plans which become lazy (Lazy Attention / Q Cache)."""
+    wanted = {"lazy_share": lazy_share, "epsilon": epsilon, "max_block": max_block, "mode": mode}
+    with _clear_errors():
+        _profile_layers(model, pages, out, wanted, over, limit, plot)
+
+
 @contextmanager
 def _clear_errors() -> Iterator[None]:
     """What the user can mend is one line on stderr and exit code 1."""
@@ -84,8 +103,7 @@ def _profile_heads(name: str, pages: Path, out: Path, limit: int | None, max_new
     from .profile import profile_heads, read_pages
 
     labelled = read_pages(pages)[:limit]
-    if not out.parent.is_dir():
-        raise ValueError(f"cannot write {out}: there is no folder {out.parent}")
+    _check_folder(out)
     processor = _processor(name)
     model = AutoModelForImageTextToText.from_pretrained(name)
     scores = profile_heads(
@@ -128,6 +146,43 @@ def _generate(
     if plot is not None:
         session.report().plot(plot, images)
         _console.print(f"wrote {plot}", markup=False)
+
+
+def _profile_layers(
+    name: str, pages: Path, out: Path, wanted: dict[str, Any], over: str, limit: int | None, plot: Path | None
+) -> None:
+    from mmkv_layershare import LN2, plan_lazy_layers
+    from transformers import AutoModelForImageTextToText
+
+    from .calibrate import plot_divergences, profile_layers
+    from .lazy import layer_kinds
+    from .plot import check_target
+    from .profile import read_pages
+
+    plan_lazy_layers([0.0] * 99, **wanted)  # says what is wrong with the settings before the weights are read
+    if over not in ("all", "vision"):
+        raise ValueError(f"over is 'all' or 'vision', not {over!r}")
+    labelled = read_pages(pages)[:limit]
+    _check_folder(out)
+    if plot is not None:
+        check_target(plot)
+    processor, model = _processor(name), AutoModelForImageTextToText.from_pretrained(name)
+    prompts = (_inputs(processor, page.prompt, page.opened()).to(model.device) for page in labelled)
+    bar = track(prompts, total=len(labelled), description="pages", console=Console(stderr=True))
+    matrix = profile_layers(model, bar, over=over)  # type: ignore[arg-type]
+    steps = matrix.diagonal(1).nan_to_num(LN2)
+    plan = plan_lazy_layers(steps, kinds=layer_kinds(model), model=name, **wanted)
+    plan.save(out)
+    _console.print(
+        f"wrote {out}: {len(plan.lazy)} of {plan.num_layers} layers lazy, blocks {plan.blocks}", markup=False
+    )
+    if plot is not None:
+        _console.print(f"wrote {plot_divergences(matrix, plot, plan)}", markup=False)
+
+
+def _check_folder(out: Path) -> None:
+    if not out.parent.is_dir():
+        raise ValueError(f"cannot write {out}: there is no folder {out.parent}")
 
 
 def _processor(name: str) -> Any:

@@ -77,7 +77,8 @@ def read_pages(path: str | Path) -> list[LabelledPage]:
     """Pages from a JSON Lines file.
 
     One page a line: `{"images": ["page.png"], "prompt": "...", "boxes": [{"text": "total 4.20", "box": [8, 16, 96, 24],
-    "image": 0}]}`. Image paths are relative to the file; `prompt` and `image` may be left out.
+    "image": 0}]}`. Image paths are relative to the file; `prompt`, `boxes`
+    and `image` may be left out.
 
     Raises:
         OSError: the file cannot be read.
@@ -97,7 +98,7 @@ def read_pages(path: str | Path) -> list[LabelledPage]:
 
 
 def _page(line: dict[str, Any], folder: Path) -> LabelledPage:
-    boxes = tuple(TextBox(box["text"], tuple(box["box"]), box.get("image", 0)) for box in line["boxes"])
+    boxes = tuple(TextBox(box["text"], tuple(box["box"]), box.get("image", 0)) for box in line.get("boxes", []))
     if isinstance(line["images"], str):
         raise TypeError("images is a list of paths")
     return LabelledPage(tuple(folder / name for name in line["images"]), boxes, line.get("prompt", READ_ALOUD))
