@@ -267,6 +267,41 @@ def test_gradients_reach_the_anchor_s_projections(kit, mode):
     assert (grads[1] is None or not grads[1].any()) is (mode == "global")
 
 
+@MODES
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl", "qwen2_vl"])
+def test_skipped_projections_change_nothing_but_the_work(kit, family, mode):
+    """Logits are the same, also of padded rows; the projections see the text tokens, or nothing."""
+    model, inputs = kit.padded(family, dtype=F64)
+    plan = plan_of(model, mode)
+    rows = []
+    layers = [model.get_decoder().layers[i].self_attn for i in plan.lazy]
+    hooks = [m.q_proj.register_forward_hook(lambda m, args, out: rows.append(args[0].numel())) for m in layers]
+    try:
+        with share(model, plan) as session:
+            wanted = kit.decode(model, inputs)
+        full = sum(rows)
+        rows.clear()
+        with share(model, plan, skip_projections=True):
+            found = kit.decode(model, inputs, wanted.tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert kit.difference(found.logits, wanted.logits) < EXACT
+    vision = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    width = model.config.get_text_config().hidden_size
+    skipped = vision if mode == "visual" else 2 * session.last.get_seq_length()
+    assert full - sum(rows) == len(plan.lazy) * skipped * width
+    assert all(type(m.q_proj) is torch.nn.Linear for m in layers)
+
+
+def test_projections_that_are_not_separate_cannot_be_skipped(kit, monkeypatch):
+    tiny = kit.vlm("llava")
+    module = tiny.model.get_decoder().layers[1].self_attn
+    monkeypatch.delitem(module._modules, "k_proj")
+    with pytest.raises(ValueError, match="leave skip_projections out"):
+        share(tiny.model, plan_of(tiny.model, "visual"), skip_projections=True)
+
+
 @pytest.mark.parametrize(
     ("family", "blocks", "message"),
     [

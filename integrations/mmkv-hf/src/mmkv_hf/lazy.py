@@ -1,19 +1,20 @@
 """Lazy Attention on stock models: layers that attend with another layer's queries and keys (mmkv-layershare's plans).
 
 The queries and keys of an anchor are handed to the lazy layers of its block inside one forward pass, by the attention
-function; what must live longer is in a `LazyCache`. No module is replaced, and gradients flow: a lazy layer's loss
-reaches the anchor's projections, so a model can be trained inside a session.
+function; what must live longer is in a `LazyCache`. Gradients flow: a lazy layer's loss reaches the anchor's
+projections, so a model can be trained inside a session.
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from mmkv_layershare import LayerKind, LazyPlan
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -29,6 +30,8 @@ from ._compat import (
     template_layers,
     text_config,
 )
+
+_PROJECTIONS = ("q_proj", "k_proj")
 
 
 def layer_kinds(model: Any) -> list[LayerKind]:
@@ -254,7 +257,52 @@ class Lending:
         return torch.where(rows, borrowed[0], query), torch.where(columns, borrowed[1], key)
 
 
-def share(model: PreTrainedModel, plan: LazyPlan) -> LazySession:
+class _Projection(nn.Module):
+    """A lazy layer's query or key projection that runs only where its result is used."""
+
+    def __init__(self, projection: nn.Linear, lending: Lending) -> None:
+        super().__init__()
+        self.projection, self.lending = projection, lending
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape, vision = (*x.shape[:-1], self.projection.out_features), self.lending.vision
+        if vision is None:
+            return x.new_zeros(()).expand(shape)
+        is_text = ~vision[:, vision.shape[1] - x.shape[1] :]
+        projected: Tensor = self.projection(x[is_text])
+        return projected.new_zeros(shape).index_put((is_text,), projected)
+
+
+def _attention_of(model: PreTrainedModel, layer: int) -> nn.Module:
+    """The attention module of a layer, with query and key projections of its own.
+
+    Raises:
+        ValueError: it has none.
+    """
+    module = getattr(model.get_decoder().layers[layer], "self_attn", None)
+    if not isinstance(module, nn.Module) or not all(hasattr(module, name) for name in _PROJECTIONS):
+        raise ValueError(
+            f"layer {layer} of {type(model).__name__} has no separate query and key projections to skip; "
+            "leave skip_projections out"
+        )
+    return module
+
+
+@contextmanager
+def _projections_skipped(model: PreTrainedModel, lending: Lending) -> Iterator[None]:
+    modules = [_attention_of(model, layer) for layer in lending.plan.lazy]
+    for module in modules:
+        for name in _PROJECTIONS:
+            setattr(module, name, _Projection(getattr(module, name), lending))
+    try:
+        yield
+    finally:
+        for module in modules:
+            for name in _PROJECTIONS:
+                setattr(module, name, getattr(module, name).projection)
+
+
+def share(model: PreTrainedModel, plan: LazyPlan, *, skip_projections: bool = False) -> LazySession:
     """A session in which lazy layers borrow their anchor's attention, in `generate`, forward passes and training.
 
     Example:
@@ -264,11 +312,15 @@ def share(model: PreTrainedModel, plan: LazyPlan) -> LazySession:
     Args:
         model: a decoder-only transformers model.
         plan: which layers are lazy; see mmkv-layershare.
+        skip_projections: while the session is open, the query and key projections of lazy layers are wrapped so that
+            they run for text tokens only (visual mode) or not at all (global mode). The same results, fewer
+            multiplications; parameters have other names meanwhile, so do not save the model inside the session.
 
     Raises:
-        ValueError: the plan does not fit the model: another number of layers, or a block of layers that cannot share.
+        ValueError: the plan does not fit the model: another number of layers, or a block of layers that cannot share;
+            or there are no separate projections to skip.
     """
-    return LazySession(model, plan)
+    return LazySession(model, plan, skip_projections=skip_projections)
 
 
 class LazySession:
@@ -277,12 +329,15 @@ class LazySession:
     Attributes:
         model: the model.
         plan: the plan.
+        skip_projections: whether unused projections are skipped.
         last: the cache of the latest `generate`.
     """
 
-    def __init__(self, model: PreTrainedModel, plan: LazyPlan) -> None:
+    def __init__(self, model: PreTrainedModel, plan: LazyPlan, *, skip_projections: bool = False) -> None:
         plan.check(layer_kinds(model))
-        self.model, self.plan = model, plan
+        self.model, self.plan, self.skip_projections = model, plan, skip_projections
+        for layer in plan.lazy if skip_projections else ():
+            _attention_of(model, layer)  # says now what would fail later
         self.last: LazyCache | None = None
         self._lending = Lending(plan)
         self._stack: ExitStack
@@ -290,6 +345,8 @@ class LazySession:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             stack.enter_context(attention_set(self.model, ATTENTION))
+            if self.skip_projections:
+                stack.enter_context(_projections_skipped(self.model, self._lending))
             generate = self.model.generate
             stack.enter_context(attributes_set(self.model, generate=lambda *a, **k: self._generate(generate, *a, **k)))
             decoder = self.model.get_decoder()
