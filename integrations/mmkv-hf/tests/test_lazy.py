@@ -5,7 +5,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 from mmkv_hf import share
-from mmkv_hf.lazy import LazyCache, layer_kinds, pack, spread
+from mmkv_hf.lazy import layer_kinds
+from mmkv_hf.lazy_cache import LazyCache, pack, spread
 from mmkv_layershare import LazyPlan
 from torch.nn.functional import pad as widen
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache

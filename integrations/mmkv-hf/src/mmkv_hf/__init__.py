@@ -5,7 +5,8 @@ from mmkv_pipelines import Budget, Pipeline, register
 from ._compat import set_attention
 from .cache import CompressedCache
 from .calibrate import plot_divergences, profile_layers
-from .lazy import LazyCache, LazySession, share
+from .lazy import LazySession, share
+from .lazy_cache import LazyCache
 from .profile import LabelledPage, TextBox, profile_heads, read_pages
 from .report import LayerReport, Report
 from .session import Session, compress
