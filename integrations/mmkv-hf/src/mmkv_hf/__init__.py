@@ -8,6 +8,7 @@ from .calibrate import plot_divergences, profile_layers
 from .lazy import LazySession, share
 from .lazy_cache import LazyCache
 from .profile import LabelledPage, TextBox, profile_heads, read_pages
+from .prune import PruneSession, prune
 from .report import LayerReport, Report
 from .session import Session, compress
 
@@ -19,6 +20,7 @@ __all__ = [
     "LazyCache",
     "LazySession",
     "Pipeline",
+    "PruneSession",
     "Report",
     "Session",
     "TextBox",
@@ -26,6 +28,7 @@ __all__ = [
     "plot_divergences",
     "profile_heads",
     "profile_layers",
+    "prune",
     "read_pages",
     "register",
     "set_attention",

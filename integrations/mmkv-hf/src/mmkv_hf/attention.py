@@ -41,13 +41,15 @@ def attention_forward(
     Returns:
         [B, n, Hq, Dv] and None for the weights.
     """
-    lending = kwargs.pop("mmkv_lending", None)
+    watch, lending = kwargs.pop("mmkv_watch", None), kwargs.pop("mmkv_lending", None)
     if lending is not None:
         query, key = lending.exchange(module.layer_idx, query, key)
     layer = layer_of(key)
     _check_extras(kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     softcap = kwargs.pop("softcap", None)
+    if watch is not None:
+        watch(query, key, _as_bool(attention_mask), scaling, softcap)
     if layer is None:
         return _dense(module, query, key, value, attention_mask, dropout, scaling, softcap, kwargs), None
     layer.group.request.pending = None

@@ -1,0 +1,341 @@
+"""Vision tokens that never reach deeper layers, on stock models (mmkv-prune's methods).
+
+Hooks on the decoder's layers gather what a method keeps while the prompt is read; layers from there on compute and
+cache the survivors alone. Survivors keep their rotations. What the decoder returns has a row for every token again,
+zeros where a token was dropped, so losses and hand-written loops work as before.
+"""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import torch
+from mmkv_prune import Attention, Prompt, PrunePlan, Pruner, attention_rows, kept_columns, spread
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from . import attention  # noqa: F401  registers the attention function
+from ._compat import (
+    ATTENTION,
+    attention_set,
+    cross_layers,
+    is_full_attention,
+    last_readers,
+    modalities,
+    template_layers,
+    text_config,
+)
+from .layers import CompressedLayer
+from .lazy_cache import LazyCache
+from .plot import Grid, known_grids
+
+
+class Held(NamedTuple):
+    """Columns of the prompt that a layer holds.
+
+    Attributes:
+        columns: [B, K] int64.
+        real: [B, K] bool; False: a filler, in rows that hold fewer.
+        length: N, columns of the prompt.
+    """
+
+    columns: Tensor
+    real: Tensor
+    length: int
+
+
+def prune(model: PreTrainedModel, method: Pruner) -> PruneSession:
+    """A session in which vision tokens are dropped between the layers of the language model.
+
+    Example:
+        >>> with prune(model, ADSC(layers=(4, 20), stride=3)):
+        ...     out = model.generate(**inputs)
+
+    Args:
+        model: a vision-language model with full attention in all layers from the first that drops something.
+        method: of mmkv-prune, or your own.
+
+    Raises:
+        ValueError: a layer the model does not have, layers without full attention, or positions that are numbered anew.
+    """
+    return PruneSession(model, method)
+
+
+class PruneSession:
+    """What `prune` returns; enter it with `with`. Puts hooks on this one instance, and takes them off again.
+
+    Attributes:
+        model: the model.
+        plan: the method on this model.
+        held: what every layer from the first that drops something held after the latest prompt.
+    """
+
+    def __init__(self, model: PreTrainedModel, method: Pruner) -> None:
+        self.model = model
+        self.plan = PrunePlan(method, text_config(model).num_hidden_layers)
+        _check_layers(model, self.plan)
+        self.held: dict[int, Held] = {}
+        self._reading: _Reading | None = None
+        self._known: weakref.WeakKeyDictionary[Any, dict[int, Held]] = weakref.WeakKeyDictionary()
+        self._open: ExitStack
+
+    def __enter__(self) -> Self:
+        decoder = self.model.get_decoder()
+        first = self.plan.layers[0]
+        with ExitStack() as stack:
+            stack.enter_context(attention_set(self.model, ATTENTION))
+            hooks = [
+                self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
+                self.model.register_forward_hook(self._end),
+                decoder.register_forward_pre_hook(self._check_decoder, with_kwargs=True),
+                decoder.register_forward_hook(self._restore),
+            ]
+            for index, layer in enumerate(decoder.layers):
+                if index == 0 or index >= first - 1:
+                    hooks.append(layer.register_forward_pre_hook(_Step(self, index), with_kwargs=True))
+            for hook in hooks:
+                stack.callback(hook.remove)
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+        self._reading = None
+
+    # -- hooks, in the order of a forward pass
+
+    def _begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache, ids = kwargs.get("past_key_values"), args[0] if args else kwargs.get("input_ids")
+        _check_cache(cache)
+        kinds = modalities(model.config, ids, kwargs.get("mm_token_type_ids"))
+        if kinds is None:
+            raise ValueError(
+                "pruning has to know the vision tokens: pass input_ids, or mm_token_type_ids beside embeddings"
+            )
+        self._reading = None
+        if cache is not None and cache.get_seq_length():
+            if bool((kinds > 0).any()):
+                raise ValueError(
+                    "vision tokens behind a filled cache cannot be pruned: leave prefill_chunk_size out, and give "
+                    "images in the first turn"
+                )
+            self.held = self._known.get(cache, {})
+            return
+        mask = kwargs.get("attention_mask")
+        valid = None if mask is None else mask.bool()
+        if valid is not None and valid.shape != kinds.shape:
+            raise ValueError(f"pruning reads an attention mask [B, N], not {list(valid.shape)}")
+        self.held = {}
+        if bool((kinds > 0).any()):
+            grids = known_grids(model.config, kinds, kwargs)
+            self._reading = _Reading(self.plan, Prompt.of(kinds > 0, valid=valid, shapes=_shapes(grids)))
+
+    def _check_decoder(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        deep = kwargs.get("deepstack_visual_embeds")
+        if self._reading is not None and deep is not None and self.plan.layers[0] < len(deep):
+            raise ValueError(
+                f"this model adds vision features after its first {len(deep)} layers; prune from layer {len(deep)} on"
+            )
+
+    def step(
+        self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """What layer `index` is given instead."""
+        reading = self._reading
+        if reading is None:
+            return hidden, _later(self.held[index], index, kwargs) if index in self.held else kwargs
+        if index == 0 and self.plan.evidence is not None and self.plan.evidence.embeddings:
+            reading.embeddings = hidden
+        full = kwargs
+        kwargs = reading.gathered(full, hidden)
+        if index in self.plan.layers:
+            if self.plan.evidence is not None and self.plan.evidence.layer == "own":
+                reading.look_ahead(layer, hidden, kwargs)
+            hidden = reading.drop(index, hidden)
+            kwargs = reading.gathered(full, hidden)
+        if index >= self.plan.layers[0]:
+            self.held[index] = reading.held
+        is_asked = self.plan.evidence is not None and self.plan.evidence.layer == "previous"
+        if is_asked and index + 1 in self.plan.layers:
+            kwargs = {**kwargs, "mmkv_watch": reading.watch}
+        return hidden, kwargs
+
+    def _restore(self, decoder: Any, args: tuple[Any, ...], output: Any) -> Any:
+        if self._reading is not None:
+            output.last_hidden_state = self._reading.restored(output.last_hidden_state)
+        return output
+
+    def _end(self, model: Any, args: tuple[Any, ...], output: Any) -> None:
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None and self._reading is not None:
+            self._known[cache] = self.held
+        self._reading = None
+
+
+class _Step:
+    """The pre-hook of one layer."""
+
+    def __init__(self, session: PruneSession, index: int) -> None:
+        self.session, self.index = session, index
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        hidden, kwargs = self.session.step(self.index, layer, hidden, kwargs)
+        return (hidden, *rest), kwargs
+
+
+class _Reading:
+    """One prompt on its way through the layers.
+
+    Attributes:
+        prompt: where the vision tokens are.
+        held: the columns that the hidden states under way stand for.
+        embeddings: [B, N, D], what entered layer 0, where the method asks for it.
+    """
+
+    def __init__(self, plan: PrunePlan, prompt: Prompt) -> None:
+        self.plan, self.prompt = plan, prompt
+        everything = torch.arange(prompt.valid.shape[1], device=prompt.valid.device).expand(prompt.valid.shape)
+        self.held = Held(everything, torch.ones_like(prompt.valid), prompt.valid.shape[1])
+        self.embeddings: Tensor | None = None
+        self._alive = prompt.valid
+        self._attention: Attention | None = None
+
+    def drop(self, index: int, hidden: Tensor) -> Tensor:
+        """Hidden states [B, K', D] that enter layer `index`."""
+        before = self.held
+        self._alive = self.plan.keep(index, self.prompt, self._alive, self._attention)
+        places = kept_columns(self._alive.gather(1, before.columns) & before.real)
+        self.held = Held(before.columns.gather(1, places.columns), places.real, before.length)
+        return hidden.gather(1, places.columns[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    def gathered(self, kwargs: dict[str, Any], hidden: Tensor) -> dict[str, Any]:
+        """A layer's arguments for all columns, cut to those held."""
+        columns, _, length = self.held
+        if columns.shape[1] == length:
+            return kwargs
+        changed: dict[str, Any] = {"attention_mask": _square(kwargs.get("attention_mask"), self.held)}
+        if kwargs.get("position_embeddings") is not None:
+            changed["position_embeddings"] = tuple(_rows(x, columns) for x in kwargs["position_embeddings"])
+        if kwargs.get("position_ids") is not None:
+            ids = kwargs["position_ids"]
+            changed["position_ids"] = ids.expand(*ids.shape[:-2], *columns.shape[:1], -1).gather(
+                -1, columns.expand(*ids.shape[:-2], *columns.shape)
+            )
+        for name, value in kwargs.items():
+            if name not in _GATHERED and isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == length:
+                raise ValueError(f"this model's layers take {name}, which cannot be pruned yet")
+        return {**kwargs, **changed}
+
+    def watch(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> None:
+        """Notes the attention of the rows that the method asks for."""
+        asked = self.plan.rows(self.prompt, self.embeddings)
+        assert asked is not None
+        places = kept_columns(asked.gather(1, self.held.columns) & self.held.real)
+        visible = _square(mask, self.held) if mask is None or mask.shape[-1] != key.shape[2] else mask
+        assert visible is not None or bool(self.held.real.all())
+        if visible is None:
+            count = key.shape[2]
+            visible = torch.ones(1, 1, count, count, dtype=torch.bool, device=key.device).tril()
+        rows = visible.expand(len(query), 1, -1, -1)[:, 0]
+        rows = rows.gather(1, places.columns[..., None].expand(-1, -1, rows.shape[-1])) & self.held.real[:, None]
+        chosen = query.gather(2, places.columns[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+        weights = attention_rows(chosen, key, rows, scaling=scaling, softcap=softcap)
+        self._attention = Attention(spread(weights, *self.held), places.real)
+
+    @torch.no_grad()
+    def look_ahead(self, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Runs the attention of the layer about to come on everything that enters it, for its queries and keys."""
+        names = ("attention_mask", "position_embeddings", "position_ids")
+        given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        norm, attend = getattr(layer, "input_layernorm", None), getattr(layer, "self_attn", None)
+        if norm is None or attend is None:
+            raise ValueError(f"{type(layer).__name__} has no input_layernorm and self_attn to look ahead with")
+        attend(norm(hidden), **given, past_key_values=None, mmkv_watch=self.watch)
+
+    def restored(self, hidden: Tensor) -> Tensor:
+        """The decoder's output with a row for every token, zeros for those dropped."""
+        columns, real, length = self.held
+        if hidden.shape[1] == length:
+            return hidden
+        whole = hidden.new_zeros(len(hidden), length, hidden.shape[-1])
+        return whole.scatter(1, columns[..., None].expand(hidden.shape), hidden * real[..., None])
+
+
+_GATHERED = ("attention_mask", "position_embeddings", "position_ids")
+
+
+def _rows(x: Tensor, columns: Tensor) -> Tensor:
+    """x [B or 1, N, D] at columns [B, K]."""
+    return x.expand(len(columns), -1, -1).gather(1, columns[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def _square(mask: Tensor | None, held: Held) -> Tensor | None:
+    """What held columns may see of each other, [B, 1, K, K] bool, from a mask over all columns; None: causal.
+
+    A filler sees itself alone, so that no row of attention is empty.
+    """
+    columns, real, _ = held
+    if mask is None and bool(real.all()):
+        return None
+    if mask is None:
+        among = (columns[:, None] <= columns[..., None])[:, None]
+    else:
+        _check_mask(mask)
+        mask = mask.expand(len(columns), -1, -1, -1)
+        rows = mask.gather(2, columns[:, None, :, None].expand(-1, 1, -1, mask.shape[-1]))
+        among = rows.gather(3, columns[:, None, None].expand(-1, 1, columns.shape[1], -1))
+    itself = torch.eye(columns.shape[1], dtype=torch.bool, device=columns.device)
+    return (among & real[:, None, None] & real[:, None, :, None]) | (itself & ~real[:, None, :, None])
+
+
+def _later(held: Held, index: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of layer `index` after the prompt: new tokens see what it holds of the prompt, and what followed."""
+    columns, real, length = held
+    mask = kwargs.get("attention_mask")
+    if mask is None and bool(real.all()):
+        return kwargs
+    if mask is None:  # one new token, which sees everything
+        followed = kwargs["past_key_values"].get_seq_length(index) - columns.shape[1] + 1
+        mask = torch.ones(1, 1, 1, length + followed, dtype=torch.bool, device=columns.device)
+    _check_mask(mask)
+    after = torch.arange(length, mask.shape[-1], device=mask.device).expand(len(columns), -1)
+    chosen = torch.cat([columns, after], dim=1)[:, None, None].expand(-1, 1, mask.shape[2], -1)
+    is_real = torch.cat([real, torch.ones_like(after, dtype=torch.bool)], dim=1)
+    cut = mask.expand(len(columns), -1, -1, -1).gather(3, chosen)
+    return {**kwargs, "attention_mask": cut & is_real[:, None, None]}
+
+
+def _shapes(grids: list[list[Grid]] | None) -> list[list[Any]] | None:
+    if grids is None or not all(grids):
+        return None
+    return [[(1, rows, columns) for rows, columns in row] for row in grids]
+
+
+def _check_mask(mask: Any) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise ValueError(f"pruning reads boolean masks, not {getattr(mask, 'dtype', type(mask).__name__)}")
+
+
+def _check_cache(cache: Any) -> None:
+    if isinstance(cache, LazyCache) or any(isinstance(x, CompressedLayer) for x in getattr(cache, "layers", ())):
+        raise ValueError("pruning does not work together with compress or share yet")
+
+
+def _check_layers(model: PreTrainedModel, plan: PrunePlan) -> None:
+    config = text_config(model)
+    readers = last_readers(config)
+    for index, layer in enumerate(template_layers(config)):
+        plain = is_full_attention(layer) and index not in cross_layers(config) and readers.get(index, index) == index
+        if index >= plan.layers[0] and not plain:
+            raise ValueError(
+                f"layer {index} of {type(model).__name__} does not attend to everything before it with keys of its "
+                "own; prune in models without such layers"
+            )
+    if plan.positions != "keep":
+        raise ValueError("positions='reindex' is not supported by this adapter; use positions='keep'")

@@ -1,0 +1,274 @@
+"""Pruned layers against a dense model that forbids the dropped columns from that layer on."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from mmkv_hf import compress, prune
+from mmkv_prune import ADSC, FastV, PyramidDrop, RandomDrop, SparseVLM, UniformDrop
+from torch.nn.functional import pad as widen
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.masking_utils import sdpa_mask
+
+F64 = torch.float64
+EXACT = 1e-9
+MATTERS = 1e-2
+NAME = "mmkv_prune_reference"
+FAMILIES = [
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "internvl",
+    "idefics3",
+    "smolvlm",
+    "paligemma",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "glm4v",
+    "mistral3",
+]
+METHODS = [
+    ADSC(layers=(1, 3), stride=2),
+    FastV(layer=2, keep=0.5),
+    PyramidDrop(layers=(1, 2, 3), keep=(0.6, 0.4, 0.2)),
+    SparseVLM(layers=(1, 3), keep=(0.6, 0.3)),
+    UniformDrop(layers=(2,), keep=(0.5,)),
+    RandomDrop(layers=(1, 2), keep=(0.5, 0.25)),
+]
+_SEEN: dict = {}
+
+
+def reference_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, softcap=None, **kwargs):
+    """Eager attention in float64 over full caches; a layer's dropped prompt columns are forbidden."""
+    group, rows, columns = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
+    if attention_mask is None:
+        attention_mask = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)[None, None]
+    alive = _SEEN.get(module.layer_idx)
+    if alive is not None:
+        alive = alive.repeat_interleave(len(query) // len(alive), 0)
+        attention_mask = attention_mask & widen(alive, (0, columns - alive.shape[1]), value=True)[:, None, None]
+    logits = query.double() @ key.double().repeat_interleave(group, 1).transpose(-1, -2) * scaling
+    weights = logits.masked_fill(~attention_mask, -torch.inf).softmax(-1).nan_to_num(0)
+    out = weights @ value.double().repeat_interleave(group, 1)
+    return out.transpose(1, 2).to(query.dtype).contiguous(), None
+
+
+AttentionInterface.register(NAME, reference_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@contextmanager
+def masked(model, alive):
+    """The model whose layers may see of the prompt only `alive` [layer] [B, N]."""
+    text = model.config.get_text_config(decoder=True)
+    key = next((k for k in model.config.sub_configs if getattr(model.config, k, None) is text), "")
+    before = text._attn_implementation
+    _SEEN.clear()
+    _SEEN.update(alive)
+    model.set_attn_implementation({key: NAME})
+    try:
+        yield
+    finally:
+        model.set_attn_implementation({key: before})
+        _SEEN.clear()
+
+
+def alive_of(session):
+    """Layer -> [B, N] bool, what it held."""
+    return {
+        layer: torch.zeros(len(held.columns), held.length, dtype=torch.bool).scatter(1, held.columns, held.real)
+        for layer, held in session.held.items()
+    }
+
+
+def both(kit, model, inputs, method, tokens=5, **settings):
+    with prune(model, method) as session:
+        found = kit.decode(model, inputs, tokens, **settings)
+        alive = alive_of(session)
+    with masked(model, alive):
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        wanted = kit.decode(model, inputs, found.tokens, past_key_values=cache)
+    return found, wanted, alive
+
+
+def first_layer(model):
+    return 3 if "qwen3_vl" in model.config.model_type else 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pruned_model_equals_the_masked_one(kit, family):
+    tiny = kit.vlm(family, dtype=F64)
+    first = first_layer(tiny.model)
+    method = ADSC(layers=(first,) if first > 1 else (1, 3), stride=2)
+    found, wanted, alive = both(kit, tiny.model, tiny.inputs, method)
+    assert kit.difference(found.logits, wanted.logits) < EXACT
+    stock = kit.decode(tiny.model, tiny.inputs, found.tokens)
+    assert kit.difference(stock.logits, wanted.logits) > 1e-4
+    assert not alive[first].all()
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+def test_methods_equal_the_masked_model_in_padded_batches(kit, family, method):
+    model, inputs = kit.padded(family, dtype=F64)
+    found, wanted, alive = both(kit, model, inputs, method)
+    assert kit.difference(found.logits, wanted.logits) < EXACT
+    vision = inputs["input_ids"] == model.config.image_token_id
+    for layer in method.layers:
+        dropped = inputs["attention_mask"].bool() & ~alive[layer]
+        assert dropped.any()
+        assert not (dropped & ~vision).any()
+
+
+@pytest.mark.parametrize("method", METHODS[1:4], ids=lambda method: type(method).__name__)
+def test_a_row_keeps_what_it_keeps_alone(kit, method):
+    tiny = kit.vlm("llava", batch=2, dtype=F64)
+    with prune(tiny.model, method) as session:
+        kit.decode(tiny.model, tiny.inputs, 1)
+        together = alive_of(session)
+        for row in range(2):
+            alone = {name: x[row : row + 1] for name, x in tiny.inputs.items()}
+            kit.decode(tiny.model, alone, 1)
+            for layer, alive in alive_of(session).items():
+                assert torch.equal(alive, together[layer][row : row + 1])
+
+
+def test_fastv_keeps_what_the_last_row_of_the_layer_before_attends_to_most(kit):
+    tiny = kit.vlm("llava")
+    model, inputs = tiny.model, tiny.inputs
+    with prune(model, FastV(layer=2, keep=0.5)) as session:
+        kit.decode(model, inputs, 1)
+        alive = alive_of(session)[2][0]
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            weights = model(**inputs, output_attentions=True).attentions[1][0, :, -1].mean(0)
+    finally:
+        model.set_attn_implementation("sdpa")
+    vision = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
+    best = vision[weights[vision].argsort(descending=True)[: round(len(vision) * 0.5)]]
+    assert sorted(best.tolist()) == [column for column in vision.tolist() if alive[column]]
+
+
+def test_pyramiddrop_looks_at_the_layer_about_to_come(kit):
+    """Its queries and keys over what enters it, from the stock model's own hidden states."""
+    tiny = kit.vlm("llava")
+    model, inputs = tiny.model, tiny.inputs
+    with prune(model, PyramidDrop(layers=(2,), keep=(0.5,))) as session:
+        kit.decode(model, inputs, 1)
+        alive = alive_of(session)[2][0]
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            weights = model(**inputs, output_attentions=True).attentions[2][0, :, -1].mean(0)
+    finally:
+        model.set_attn_implementation("sdpa")
+    vision = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
+    best = vision[weights[vision].argsort(descending=True)[: int(len(vision) * 0.5)]]
+    assert sorted(best.tolist()) == [column for column in vision.tolist() if alive[column]]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True, "top_k": 3, "num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 2},
+    ],
+)
+def test_generate_modes_give_the_masked_model_s_tokens(kit, settings):
+    tiny = kit.vlm("llava", dtype=F64)
+    model = tiny.model
+
+    def generated():
+        torch.manual_seed(0)
+        return model.generate(**tiny.inputs, max_new_tokens=6, **settings).tolist()
+
+    with prune(model, METHODS[0]) as session:
+        found = generated()
+        alive = {layer: x[:1] for layer, x in alive_of(session).items()}
+    with masked(model, alive):
+        assert generated() == found
+
+
+def test_layers_hold_exactly_what_is_left(kit):
+    tiny = kit.vlm("llava")
+    vision = int((tiny.inputs["input_ids"] == tiny.model.config.image_token_id).sum())
+    length = tiny.inputs["input_ids"].shape[1]
+    cache = DynamicCache(config=tiny.text_config)
+    with prune(tiny.model, ADSC(layers=(1, 3), stride=2)), torch.no_grad():
+        tiny.model(**tiny.inputs, past_key_values=cache)
+    half = (vision + 1) // 2
+    left = [vision, half, half, (half + 1) // 2]
+    assert [layer.keys.shape[2] for layer in cache.layers] == [length - vision + n for n in left]
+
+
+def test_losses_and_gradients_go_through(kit):
+    tiny = kit.vlm("llava")
+    labels = tiny.inputs["input_ids"].masked_fill(tiny.inputs["input_ids"] == tiny.model.config.image_token_id, -100)
+    with prune(tiny.model, ADSC(layers=(1,), stride=2)):
+        out = tiny.model(**tiny.inputs, labels=labels, use_cache=False)
+        grad = torch.autograd.grad(out.loss, tiny.model.get_decoder().layers[0].self_attn.q_proj.weight)[0]
+    assert out.logits.shape[1] == labels.shape[1]
+    assert grad.abs().max() > 0
+
+
+def test_a_second_turn_goes_on(kit):
+    tiny = kit.vlm("llava", dtype=F64)
+    with prune(tiny.model, METHODS[0]) as session:
+        cache = DynamicCache(config=tiny.text_config)
+        first = kit.decode(tiny.model, tiny.inputs, 3, past_key_values=cache)
+        alive = alive_of(session)
+        turn = kit.conversation(tiny.inputs, first.tokens, kit.words(1, 5))
+        second = kit.decode(tiny.model, turn, 3, past_key_values=cache)
+    with masked(tiny.model, alive):
+        stock = DynamicCache(config=tiny.text_config)
+        kit.decode(tiny.model, tiny.inputs, first.tokens, past_key_values=stock)
+        wanted = kit.decode(tiny.model, turn, second.tokens, past_key_values=stock)
+    assert kit.difference(second.logits, wanted.logits) < EXACT
+
+
+def test_text_alone_passes_untouched(kit):
+    tiny = kit.vlm("llava")
+    ids = kit.words(2, 20)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with prune(tiny.model, METHODS[1]):
+        found = kit.decode(tiny.model, inputs)
+    assert torch.equal(found.logits, kit.decode(tiny.model, inputs).logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "message"),
+    [
+        ("llava", ADSC(layers=(4,)), "last layer is 3"),
+        ("gemma3", ADSC(layers=(1,)), "does not attend to everything"),
+        ("gemma4", ADSC(layers=(1,)), "does not attend to everything"),
+        ("llava", ADSC(layers=(1,), positions="reindex"), "positions='keep'"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused_before_anything_runs(kit, family, method, message):
+    with pytest.raises(ValueError, match=message):
+        prune(kit.vlm(family).model, method)
+
+
+def test_what_cannot_work_is_refused_and_the_model_is_as_before(kit):
+    tiny = kit.vlm("llava")
+    model = tiny.model
+    before = (dict(vars(model)), model.config.to_dict())
+    hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
+    method = ADSC(layers=(1,), stride=2)
+    with prune(model, method):
+        with pytest.raises(ValueError, match="leave prefill_chunk_size out"):
+            model.generate(**tiny.inputs, max_new_tokens=2, prefill_chunk_size=16)
+        with compress(model, "snapkv", 40), pytest.raises(ValueError, match="together with compress"):
+            model.generate(**tiny.inputs, max_new_tokens=2)
+        embeds = model.get_input_embeddings()(tiny.inputs["input_ids"])
+        with pytest.raises(ValueError, match="pass input_ids, or mm_token_type_ids"):
+            model(inputs_embeds=embeds)
+    deep = kit.vlm("qwen3_vl")
+    with prune(deep.model, method), pytest.raises(ValueError, match="adds vision features"):
+        deep.model.generate(**deep.inputs, max_new_tokens=2)
+    assert (dict(vars(model)), model.config.to_dict()) == before
+    assert [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()] == hooks
