@@ -138,6 +138,13 @@ def docs(session: nox.Session) -> None:
     session.run("mkdocs", "build", "--strict")
 
 
+@nox.session
+def accounting(session: nox.Session) -> None:
+    """Multiply-adds and bytes that lazy layers and pruning save on published geometries."""
+    install(session)
+    session.run("python", "benchmarks/accounting/run.py", env={"OMP_NUM_THREADS": "1"})
+
+
 @nox.session(name="train")
 def train(session: nox.Session) -> None:
     """Trains the bundled model from its seed, on one thread."""
