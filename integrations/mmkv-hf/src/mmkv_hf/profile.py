@@ -123,7 +123,7 @@ def profile_heads(
         max_new_tokens: most tokens read aloud per page; 1024 as released.
 
     Returns:
-        `scores` [layers][query heads] of kind "visual"; layers count among those mmkv compresses.
+        Scores of kind "visual", a row per layer and a number per query head; layers count among those mmkv compresses.
 
     Raises:
         ValueError: no pages, vision tokens that are no plain grid, boxes outside their image, or not one generated word
