@@ -13,7 +13,8 @@ from transformers.masking_utils import sdpa_mask
 
 from ._compat import ATTENTION
 from .cross import CrossLayer
-from .layers import CompressedLayer, layer_of
+from .handle import layer_of
+from .layers import CompressedLayer
 
 
 def attention_forward(

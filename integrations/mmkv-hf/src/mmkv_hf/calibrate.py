@@ -9,17 +9,13 @@ from typing import Any, Literal
 import torch
 from mmkv_kernels import window_attention
 from mmkv_layershare import LazyPlan, js_divergence
-from mmkv_pipelines import Budget, Pipeline
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from . import attention  # noqa: F401  registers the attention function
-from ._compat import ATTENTION, attention_set, modalities, text_config
-from .cache import make_layers
-from .layers import CompressedLayer
+from ._compat import ATTENTION, attention_set, modalities
 from .plot import check_target
-from .request import Request
+from .watched import WatchedLayer, watched_layers
 
 
 @torch.no_grad()
@@ -64,7 +60,7 @@ def last_rows(model: PreTrainedModel, inputs: Any) -> Tensor:
 
     NaN for layers that do not attend to everything before them.
     """
-    layers = make_layers(text_config(model), Request(Pipeline(), Budget(ratio=1.0)), kind=_LastRow)
+    layers = watched_layers(model, _LastRow)
     with attention_set(model, ATTENTION):
         model(**inputs, past_key_values=Cache(layers=layers), use_cache=True, logits_to_keep=1)
     rows = [layer.row if isinstance(layer, _LastRow) else None for layer in layers]
@@ -101,19 +97,12 @@ def plot_divergences(matrix: Tensor, path: str | Path, plan: LazyPlan | None = N
     return Path(path)
 
 
-class _LastRow(CompressedLayer):
-    """A cache layer that evicts nothing and keeps the last query row's weights."""
+class _LastRow(WatchedLayer):
+    """Keeps the weights of the last query row, mean over the query heads."""
 
     row: Tensor | None = None
 
-    @property
-    def reading(self) -> bool:
-        return True
-
-    def observe(self, reader: int, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> None:
-        """Keeps the weights of the last row, mean over the query heads."""
-        if reader != self.layer_idx:
-            return
+    def note(self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> None:
         seen = None if mask is None else mask[:, :, -1:, : self.keys.shape[2]].expand(len(query), -1, -1, -1)
         weights = window_attention(query[:, :, -1:], self.keys, scaling=scaling, mask=seen, softcap=softcap).last
         self.row = weights.mean(1).cpu()

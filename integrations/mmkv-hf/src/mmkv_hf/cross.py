@@ -8,7 +8,8 @@ import torch
 from mmkv_select import Kept, compact
 from torch import Tensor
 
-from .layers import CompressedLayer, marked
+from .handle import marked
+from .layers import CompressedLayer
 from .window import WindowRows
 
 

@@ -7,7 +7,6 @@ every head of every layer keeps the same count, the prefix is dense too and stoc
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -19,16 +18,9 @@ from mmkv_select import Kept, RaggedKV, compact
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from .handle import marked
 from .request import Group, at_slots
 from .window import WindowRows, sees_itself
-
-_HANDLE = "_mmkv_layer"
-
-
-def layer_of(keys: Tensor) -> CompressedLayer | None:
-    """The layer that handed out `keys`, if it was one of ours."""
-    handle = getattr(keys, _HANDLE, None)
-    return None if handle is None else handle()
 
 
 class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -406,13 +398,6 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
             if held is not None:
                 setattr(self, name, dense(held))
         self.prefix = None if self.prefix is None else ragged(self.prefix)
-
-
-def marked(keys: Tensor, layer: CompressedLayer) -> Tensor:
-    """A view of `keys` from which attention finds `layer`."""
-    keys = keys.view_as(keys)
-    setattr(keys, _HANDLE, weakref.ref(layer))  # weak: layer -> keys -> layer would keep memory until a gc run
-    return keys
 
 
 def _appended(held: Tensor, new: Tensor) -> Tensor:

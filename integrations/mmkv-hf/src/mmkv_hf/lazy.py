@@ -9,18 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from mmkv_layershare import LayerKind, LazyPlan
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import attention  # noqa: F401  registers the attention function
 from ._compat import (
-    ATTENTION,
-    attention_set,
     attributes_set,
     cross_layers,
     is_full_attention,
@@ -30,6 +26,7 @@ from ._compat import (
     text_config,
 )
 from .lazy_cache import LazyCache, Vision
+from .opened import Opened
 
 _PROJECTIONS = ("q_proj", "k_proj")
 
@@ -167,7 +164,7 @@ def share(model: PreTrainedModel, plan: LazyPlan, *, skip_projections: bool = Fa
     return LazySession(model, plan, skip_projections=skip_projections)
 
 
-class LazySession:
+class LazySession(Opened):
     """What `share` returns; enter it with `with`. Wraps `generate` on this one instance, nothing of transformers.
 
     Attributes:
@@ -184,31 +181,21 @@ class LazySession:
             _attention_of(model, layer)  # says now what would fail later
         self.last: LazyCache | None = None
         self._lending = Lending(plan)
-        self._stack: ExitStack
 
-    def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            stack.enter_context(attention_set(self.model, ATTENTION))
-            if self.skip_projections:
-                stack.enter_context(_projections_skipped(self.model, self._lending))
-            generate = self.model.generate
-            stack.enter_context(attributes_set(self.model, generate=lambda *a, **k: self._generate(generate, *a, **k)))
-            decoder = self.model.get_decoder()
-            hooks = [
-                self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
-                decoder.register_forward_pre_hook(self._lend, with_kwargs=True),
-                decoder.register_forward_hook(self._check_lent),
-            ]
-            for hook in hooks:
-                stack.callback(hook.remove)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
-        self._lending.begin(None)
+    def _enter(self, stack: ExitStack) -> None:
+        if self.skip_projections:
+            stack.enter_context(_projections_skipped(self.model, self._lending))
+        generate = self.model.generate
+        stack.enter_context(attributes_set(self.model, generate=lambda *a, **k: self._generate(generate, *a, **k)))
+        decoder = self.model.get_decoder()
+        hooks = [
+            self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            decoder.register_forward_pre_hook(self._lend, with_kwargs=True),
+            decoder.register_forward_hook(self._check_lent),
+        ]
+        for hook in hooks:
+            stack.callback(hook.remove)
+        stack.callback(self._lending.begin, None)
 
     def cache(self) -> LazyCache:
         """An empty cache for a hand-written forward loop."""

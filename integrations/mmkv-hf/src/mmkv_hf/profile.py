@@ -16,17 +16,13 @@ from typing import Any
 
 import torch
 from mmkv_budget import HeadScores
-from mmkv_pipelines import Budget, Pipeline
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from . import attention  # noqa: F401  registers the attention function
-from ._compat import ATTENTION, attention_set, modalities, text_config
-from .cache import make_layers
-from .layers import CompressedLayer
+from ._compat import ATTENTION, attention_set, modalities
 from .plot import Grid, known_grids
-from .request import Request
+from .watched import WatchedLayer, watched_layers
 
 READ_ALOUD = "Provide all the OCR results of this image."
 """The question SparseMM's release asks of every page."""
@@ -191,21 +187,14 @@ def box_columns(box: TextBox, images: Sequence[Any], grids: Sequence[Grid], visi
     return [vision[start + row * width + column] for row in down for column in across]
 
 
-class _Watched(CompressedLayer):
-    """A cache layer that evicts nothing and notes where each head looks most."""
+class _Looked(WatchedLayer):
+    """Notes the column of the largest logit of each query head's last row, which no soft cap moves."""
 
     def _empty(self) -> None:
         super()._empty()
         self.looked: list[Tensor] = []
 
-    @property
-    def reading(self) -> bool:
-        return True
-
-    def observe(self, reader: int, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> None:
-        """Notes the column of the largest logit of each query head's last row, which no soft cap moves."""
-        if reader != self.layer_idx:
-            return
+    def note(self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> None:
         last = query[0, :, -1].reshape(self.keys.shape[1], -1, query.shape[-1]).float()
         logits = (last @ self.keys[0].float().transpose(-1, -2)).flatten(0, 1)
         if mask is not None:
@@ -215,13 +204,12 @@ class _Watched(CompressedLayer):
 
 def _read_aloud(model: PreTrainedModel, inputs: Any, max_new_tokens: int) -> tuple[Tensor, Tensor]:
     """Greedy tokens [steps] and, for each, the column every head looked at most, [steps, L, Hq]."""
-    config = text_config(model)
-    layers = make_layers(config, Request(Pipeline(), Budget(ratio=1.0)), kind=_Watched)
+    layers = watched_layers(model, _Looked)
     settings = {"max_new_tokens": max_new_tokens, "do_sample": False}
     with attention_set(model, ATTENTION):
         out = model.generate(**inputs, past_key_values=Cache(layers=layers), **settings)
     tokens = out[0, inputs["input_ids"].shape[1] :].cpu()
-    looked = [torch.stack(layer.looked) for layer in layers if isinstance(layer, _Watched)]
+    looked = [torch.stack(layer.looked) for layer in layers if isinstance(layer, _Looked)]
     return tokens, torch.stack(looked, 1)
 
 

@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import weakref
 from contextlib import ExitStack
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from mmkv_prune import Attention, Prompt, PrunePlan, Pruner, attention_rows, kept_columns, spread
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import attention  # noqa: F401  registers the attention function
 from ._compat import (
-    ATTENTION,
-    attention_set,
     cross_layers,
     is_full_attention,
     last_readers,
@@ -30,6 +26,7 @@ from ._compat import (
 )
 from .layers import CompressedLayer
 from .lazy_cache import LazyCache
+from .opened import Opened
 from .plot import Grid, known_grids
 
 
@@ -64,7 +61,7 @@ def prune(model: PreTrainedModel, method: Pruner) -> PruneSession:
     return PruneSession(model, method)
 
 
-class PruneSession:
+class PruneSession(Opened):
     """What `prune` returns; enter it with `with`. Puts hooks on this one instance, and takes them off again.
 
     Attributes:
@@ -80,32 +77,21 @@ class PruneSession:
         self.held: dict[int, Held] = {}
         self._reading: _Reading | None = None
         self._known: weakref.WeakKeyDictionary[Any, dict[int, Held]] = weakref.WeakKeyDictionary()
-        self._open: ExitStack
 
-    def __enter__(self) -> Self:
+    def _enter(self, stack: ExitStack) -> None:
         decoder = self.model.get_decoder()
-        first = self.plan.layers[0]
-        with ExitStack() as stack:
-            stack.enter_context(attention_set(self.model, ATTENTION))
-            hooks = [
-                self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
-                self.model.register_forward_hook(self._end),
-                decoder.register_forward_pre_hook(self._check_decoder, with_kwargs=True),
-                decoder.register_forward_hook(self._restore),
-            ]
-            for index, layer in enumerate(decoder.layers):
-                if index == 0 or index >= first - 1:
-                    hooks.append(layer.register_forward_pre_hook(_Step(self, index), with_kwargs=True))
-            for hook in hooks:
-                stack.callback(hook.remove)
-            self._open = stack.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._open.close()
-        self._reading = None
+        hooks = [
+            self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            self.model.register_forward_hook(self._end),
+            decoder.register_forward_pre_hook(self._check_decoder, with_kwargs=True),
+            decoder.register_forward_hook(self._restore),
+        ]
+        for index, layer in enumerate(decoder.layers):
+            if index == 0 or index >= self.plan.layers[0] - 1:
+                hooks.append(layer.register_forward_pre_hook(_Step(self, index), with_kwargs=True))
+        for hook in hooks:
+            stack.callback(hook.remove)
+        stack.callback(setattr, self, "_reading", None)
 
     # -- hooks, in the order of a forward pass
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any, Self
 
 import torch.nn.functional as F
@@ -12,9 +11,9 @@ from mmkv_pipelines import Budget, Pipeline
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import attention  # noqa: F401  registers the attention function
-from ._compat import ATTENTION, CHUNKS_LATER_TURNS, attention_set, attributes_set, modalities, text_config
+from ._compat import CHUNKS_LATER_TURNS, attributes_set, modalities, text_config
 from .cache import CompressedCache, checked_budget, make_layers
+from .opened import Opened
 from .plot import Grid, known_grids
 from .report import Report, make_report
 from .request import Request
@@ -58,7 +57,7 @@ def compress(
     return Session(model, pipeline, budget, protect=protect)
 
 
-class Session:
+class Session(Opened):
     """What `compress` returns; enter it with `with`. Wraps `generate` on this one instance, nothing of transformers.
 
     Attributes:
@@ -84,7 +83,6 @@ class Session:
         self._modality: Tensor | None = None
         self._valid: Tensor | None = None  # [B, N] bool of the latest prompt
         self._grids: list[list[Grid]] | None = None  # of its images
-        self._open: ExitStack
         self._stock_generate: Callable[..., Any]
         make_layers(text_config(model), Request(self.pipeline, self.budget))  # says now what would fail later
         if not model.can_generate():
@@ -94,19 +92,13 @@ class Session:
         wrapped = (getattr(vars(self.model).get(name), "__self__", None) for name in _WRAPPED)
         if any(isinstance(owner, Session) for owner in wrapped):
             raise RuntimeError("a session is open on this model already; sessions cannot be nested")
-        with ExitStack() as stack:
-            stack.enter_context(attention_set(self.model, ATTENTION))
-            self._stock_generate = self.model.generate
-            ours = {"generate": self._generate, "generate_batch": self._generate_batch}
-            stack.enter_context(attributes_set(self.model, **ours))
-            self._open = stack.pop_all()
-        return self
+        return super().__enter__()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._open.close()
-        del self._open, self._stock_generate
+    def _enter(self, stack: ExitStack) -> None:
+        self._stock_generate = self.model.generate
+        ours = {"generate": self._generate, "generate_batch": self._generate_batch}
+        stack.enter_context(attributes_set(self.model, **ours))
+        stack.callback(delattr, self, "_stock_generate")
 
     def cache(
         self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **inputs: Any

@@ -1,0 +1,35 @@
+"""What all sessions share: mmkv's attention function for a while, and the model as it was afterwards."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+from transformers import PreTrainedModel
+
+from . import attention  # noqa: F401  registers the attention function
+from ._compat import ATTENTION, attention_set
+
+
+class Opened:
+    """A context in which `model` attends through mmkv; what `_enter` puts on the stack is undone on exit."""
+
+    model: PreTrainedModel
+    _stack: ExitStack
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.enter_context(attention_set(self.model, ATTENTION))
+            self._enter(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def _enter(self, stack: ExitStack) -> None:
+        raise AssertionError("a session says what it does when it opens")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+        del self._stack
