@@ -109,6 +109,13 @@ def conversation(inputs, answer, new):
     return longer
 
 
+def without_image(inputs, row):
+    """Two rows of llava, of which this one has words where its image was."""
+    ids = inputs["input_ids"].clone()
+    ids[row] = words(1, ids.shape[1])[0]
+    return inputs | {"input_ids": ids, "pixel_values": inputs["pixel_values"][[1 - row]]}
+
+
 def words(batch, count, seed=7):
     """Text tokens [B, n]."""
     return torch.randint(3, 400, (batch, count), generator=torch.Generator().manual_seed(seed))
@@ -134,5 +141,6 @@ def kit():
         stock_or_skip=stock_or_skip,
         conversation=conversation,
         words=words,
+        without_image=without_image,
         difference=difference,
     )

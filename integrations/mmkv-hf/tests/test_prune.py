@@ -4,7 +4,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from mmkv_hf import compress, prune
+from mmkv_hf import prune, share
+from mmkv_layershare import LazyPlan
 from mmkv_prune import ADSC, FastV, PyramidDrop, RandomDrop, SparseVLM, UniformDrop
 from mmkv_testkit.families import FAMILIES
 from torch.nn.functional import pad as widen
@@ -181,6 +182,15 @@ def test_generate_modes_give_the_masked_model_s_tokens(kit, settings):
         assert generated() == found
 
 
+def test_a_row_without_an_image_beside_one_that_is_pruned(kit):
+    tiny = kit.vlm("llava", batch=2, dtype=F64)
+    for row in (0, 1):
+        inputs = kit.without_image(tiny.inputs, row)
+        found, wanted, alive = both(kit, tiny.model, inputs, METHODS[-1])
+        assert kit.difference(found.logits, wanted.logits) < EXACT
+        assert alive[1].all(1).tolist() == [row == 0, row == 1]
+
+
 def test_layers_hold_exactly_what_is_left(kit):
     tiny = kit.vlm("llava")
     vision = int((tiny.inputs["input_ids"] == tiny.model.config.image_token_id).sum())
@@ -250,7 +260,7 @@ def test_what_cannot_work_is_refused_and_the_model_is_as_before(kit):
     with prune(model, method):
         with pytest.raises(ValueError, match="leave prefill_chunk_size out"):
             model.generate(**tiny.inputs, max_new_tokens=2, prefill_chunk_size=16)
-        with compress(model, "snapkv", 40), pytest.raises(ValueError, match="together with compress"):
+        with share(model, LazyPlan(4, ((1, 2),))), pytest.raises(ValueError, match="together with share"):
             model.generate(**tiny.inputs, max_new_tokens=2)
         embeds = model.get_input_embeddings()(tiny.inputs["input_ids"])
         with pytest.raises(ValueError, match="pass input_ids, or mm_token_type_ids"):

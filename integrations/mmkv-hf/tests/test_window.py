@@ -41,7 +41,7 @@ def test_chunks_roll_to_the_same_rows_as_one_shot(case, masked):
     for cut in cuts:
         seen = mask[:, :, begin:cut, :cut]
         plain = not masked or bool((seen == torch.ones(cut, cut).tril()[begin:].bool()).all())
-        new = WindowRows.of(queries[:, :, begin:cut], begin, None if plain else seen, size)
+        new = WindowRows.of(queries[:, :, begin:cut], torch.arange(begin, cut)[None], None if plain else seen, size)
         rolled, begin = new if rolled is None else rolled.then(new, size), cut
     slots = torch.arange(length).expand(len(left), 1, -1)
     sees = rolled.sees(slots)
@@ -59,14 +59,19 @@ def test_chunks_roll_to_the_same_rows_as_one_shot(case, masked):
 
 
 def test_sees_follows_the_slots_of_each_head():
-    rows = WindowRows.of(torch.zeros(1, 2, 3, 1), 4, None, 2)  # positions 5 and 6
+    rows = WindowRows.of(torch.zeros(1, 2, 3, 1), torch.arange(4, 7)[None], None, 2)  # positions 5 and 6
     slots = torch.tensor([[[-1, 0, 5, 6], [-1, -1, 2, 7]]])
     wanted = [[[0, 1, 1, 0], [0, 1, 1, 1]], [[0, 0, 1, 0], [0, 0, 1, 0]]]
     assert rows.sees(slots).int().tolist() == [wanted]
-    explicit = WindowRows.of(torch.zeros(1, 2, 3, 1), 4, torch.ones(1, 1, 3, 8).tril(4).bool(), 2)
+    explicit = WindowRows.of(
+        torch.zeros(1, 2, 3, 1), torch.arange(4, 7)[None], torch.ones(1, 1, 3, 8).tril(4).bool(), 2
+    )
     assert torch.equal(explicit.sees(slots), rows.sees(slots))
 
 
 def test_a_view_of_a_larger_prompt_is_not_kept_alive():
     queries = torch.zeros(1, 2, 1000, 4)
-    assert WindowRows.of(queries, 0, None, 8).queries.untyped_storage().nbytes() == 2 * 8 * 4 * 4
+    assert (
+        WindowRows.of(queries, torch.arange(queries.shape[2])[None], None, 8).queries.untyped_storage().nbytes()
+        == 2 * 8 * 4 * 4
+    )

@@ -36,13 +36,15 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         prefix: kept entries before the tail, or None.
         slots: [B, H, k] int32, logical columns of the first k dense entries in the uniform form, else None.
         padding: [B] int64, columns of each row's prompt that were padding, in the uniform form, else None.
+        columns: [B, K] int64 ascending, the columns of the first prompt that reached this layer, -1 for a filler; None
+            where pruning dropped nothing, and once something has been evicted.
     """
 
     is_sliding = False
     is_compileable = False
     is_croppable = True
     supports_early_init = False
-    _dense: tuple[str, ...] = ("keys", "values", "slots", "padding")
+    _dense: tuple[str, ...] = ("keys", "values", "slots", "padding", "columns")
 
     def __init__(self, group: Group, ordinal: int, layer_idx: int, last_reader: int) -> None:
         super().__init__()
@@ -56,6 +58,8 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.prefix: RaggedKV | None = None
         self.slots: Tensor | None = None
         self.padding: Tensor | None = None
+        self.columns: Tensor | None = None
+        self._chosen_from = 0
         self._done_at = 0
         self._rows: WindowRows | None = None
         self._sums: tuple[Tensor, Tensor] | None = None
@@ -87,13 +91,24 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
             )
         if key_states.requires_grad:
             raise RuntimeError("a CompressedCache is for inference; run the model under torch.no_grad()")
-        request.advance(self.ordinal, self.seen + key_states.shape[-2])
+        request.advance(self.ordinal, self.seen + key_states.shape[-2] + (0 if self.seen else self._dropped))
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys, self.values = _appended(self.keys, key_states), _appended(self.values, value_states)
         self.seen = request.seen
         request.pending = self.layer_idx if self.prefix is not None or self.reading else None
         return marked(self.keys, self), self.values
+
+    def hold(self, columns: Tensor, real: Tensor, length: int) -> None:
+        """Announces the columns [B, K] int64 of a prompt of that length that will reach this layer, the first time.
+
+        Those that are not `real` [B, K] bool are fillers.
+        """
+        self.columns, self._chosen_from = columns.masked_fill(~real, -1), length
+
+    @property
+    def _dropped(self) -> int:
+        return 0 if self.columns is None else self._chosen_from - self.columns.shape[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns a mask needs, and the logical column of the first; logical unless the form is uniform."""
@@ -162,6 +177,8 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         """[B, H] int64, entries of the prompt that are held, its last token included; None while all are."""
         if self.prefix is not None:
             return self.prefix.lengths + 1
+        if self.columns is not None:
+            return (self.columns >= 0).sum(-1, keepdim=True).expand(self.keys.shape[:2])
         if self.slots is None:
             return None
         count = self.slots.shape[-1] + 1
@@ -200,8 +217,9 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         if count > 0 and reader == self.layer_idx:
             seen = min(self.seen, end)
             visible = None if mask is None else mask[:, :, :count, :seen]
-            self._observe_window(query[:, :, :count], seen, visible)
-            self._observe_columns(query[:, :, :count], seen, visible, scaling, softcap)
+            positions = self._dense_slots()[:, -query.shape[-2] :][:, :count]
+            self._observe_window(query[:, :, :count], positions, visible)
+            self._observe_columns(query[:, :, :count], positions, seen, visible, scaling, softcap)
         if reader == self.last_reader and self.seen >= end:
             last = None if mask is None else mask[:, 0, mask.shape[2] - 1 - (self.seen - end), :end]
             self._compress(last, scaling, softcap)
@@ -211,7 +229,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         request = self.group.request
         request.padding = None
         if mask is not None and self.group.num_layers < self.group.all_layers:
-            request.padding = ~sees_itself(mask, self.seen - mask.shape[2])
+            request.padding = ~sees_itself(mask, self._dense_slots()[:, -mask.shape[2] :])
 
     def expect(self) -> None:
         """A new prompt begins."""
@@ -227,16 +245,23 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor]:
         """Everything held, dense: keys [B, H, N, D], values, slots [B, H or 1, N] int64 (-1: padding, on the left)."""
-        batch, heads, tail = self.keys.shape[:3]
-        fixed = 0 if self.slots is None else self.slots.shape[-1]
-        latest = torch.arange(self.seen - tail + fixed, self.seen, device=self.keys.device)
+        batch, heads = self.keys.shape[:2]
+        latest = self._dense_slots()[:, None].expand(batch, -1, -1)
         if self.slots is not None:
-            return self.keys, self.values, torch.cat([self.slots.long(), latest.expand(batch, heads, -1)], dim=-1)
+            return self.keys, self.values, torch.cat([self.slots.long(), latest.expand(-1, heads, -1)], dim=-1)
         if self.prefix is None:
-            return self.keys, self.values, latest[None, None].expand(batch, -1, -1)
+            return self.keys, self.values, latest
         keys, values, slots = self.prefix.padded()
-        slots = torch.cat([slots, latest.expand(batch, heads, -1)], dim=-1)
+        slots = torch.cat([slots, latest.expand(-1, heads, -1)], dim=-1)
         return torch.cat([keys, self.keys], dim=2), torch.cat([values, self.values], dim=2), slots
+
+    def _dense_slots(self) -> Tensor:
+        """[B or 1, t] int64, the logical columns of the dense part without what `slots` names; -1 for a filler."""
+        count = self.keys.shape[2] - (0 if self.slots is None else self.slots.shape[-1])
+        if self.columns is None:
+            return torch.arange(self.seen - count, self.seen, device=self.keys.device)[None]
+        after = torch.arange(self._chosen_from, max(self.seen, self._chosen_from), device=self.columns.device)
+        return torch.cat([self.columns, after.expand(len(self.columns), -1)], dim=1)[:, :count]
 
     def kept_mask(self) -> Tensor:
         """[B, H, columns] bool: the logical columns of the prompt that are held."""
@@ -253,26 +278,32 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Every tensor this layer holds."""
         rows = self._rows
         held = [] if rows is None else [rows.queries, rows.positions, rows.mask]
-        held += [*(self._sums or ()), self.slots, self.padding, *(self.prefix.tensors() if self.prefix else ())]
-        held += [self.keys, self.values] if self.is_initialized else []
+        held += [*(self._sums or ()), *(self.prefix.tensors() if self.prefix else ())]
+        held += [getattr(self, name) for name in self._dense] if self.is_initialized else []
         return [t for t in held if t is not None]
 
     # -- observation and compression
 
-    def _observe_window(self, query: Tensor, seen: int, mask: Tensor | None) -> None:
+    def _observe_window(self, query: Tensor, positions: Tensor, mask: Tensor | None) -> None:
         size = self.group.pipeline.window
         if size == 0:
             return
-        rows = WindowRows.of(query.detach(), seen - query.shape[-2], mask, size)
+        rows = WindowRows.of(query.detach(), positions, mask, size)
         self._rows = rows if self._rows is None else self._rows.then(rows, size)
 
     def _observe_columns(
-        self, query: Tensor, seen: int, mask: Tensor | None, scaling: float, softcap: float | None
+        self,
+        query: Tensor,
+        positions: Tensor,
+        seen: int,
+        mask: Tensor | None,
+        scaling: float,
+        softcap: float | None,
     ) -> None:
         if "column_sums" not in self.group.pipeline.score.needs:
             return
         keys, _, slots = self._prompt_entries(seen)
-        rows = WindowRows.of(query, seen - query.shape[-2], mask, query.shape[-2])
+        rows = WindowRows.of(query, positions, mask, query.shape[-2])
         sums, counts = column_sums(query, keys, scaling=scaling, mask=self._sees(rows, slots), softcap=softcap)
         if self._sums is not None:
             before = (F.pad(x, (0, sums.shape[-1] - x.shape[-1])) for x in self._sums)
@@ -285,7 +316,12 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         return keys[:, :, :count], values[:, :, :count], slots[..., :count]
 
     def _logical(self, mask: Tensor | None) -> Tensor | None:
-        """A mask over physical columns (uniform form) as one over logical columns; what is held is not padding."""
+        """A mask over physical columns (uniform form, or pruned) as one over logical columns.
+
+        What the uniform form holds is not padding; what pruning dropped is seen by nobody.
+        """
+        if mask is not None and self.columns is not None:
+            return _spread(mask, self._dense_slots(), self.seen)
         if mask is None or self.slots is None:
             return mask
         tail = self.keys.shape[2] - self.slots.shape[-1]
@@ -296,8 +332,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         end = self.group.request.prompt_end
         try:
             keys, values, slots = self._prompt_entries(end)
-            held = torch.full(keys.shape[:1], end, device=keys.device) if visible is None else visible.sum(-1)
-            lengths = held.expand(keys.shape[0]) if self.padding is None else held - self.padding
+            lengths = self._lengths(keys, visible)
             kept = self._decide(keys, values, slots, visible, lengths, scaling, softcap)
             if kept is not None:
                 self._store(keys, values, slots, kept, end - lengths)
@@ -307,6 +342,14 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         finally:
             self._rows, self._sums, self._done_at = None, None, end
         self.group.finish()
+
+    def _lengths(self, keys: Tensor, visible: Tensor | None) -> Tensor:
+        """[B] int64, real tokens of each prompt, as the first layer counts them: pruning hides some from later ones."""
+        if self.group.round is not None:
+            return self.group.round.lengths
+        end = self.group.request.prompt_end
+        held = torch.full(keys.shape[:1], end, device=keys.device) if visible is None else visible.sum(-1)
+        return held.expand(keys.shape[0]) if self.padding is None else held - self.padding
 
     def _decide(
         self,
@@ -372,7 +415,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
             self.values = _appended(held.values.view(*shape, -1), self.values[:, :, start + 1 :])
         else:
             self.prefix = compact(keys, values, slots, kept.below(kept.size - 1))
-            self.slots = self.padding = None
+            self.slots = self.padding = self.columns = None
             self.keys, self.values = self.keys[:, :, start:].clone(), self.values[:, :, start:].clone()
 
     def _uniform(self, kept: Kept) -> bool:
@@ -381,6 +424,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         if group.uniform is None:
             equal = bool((kept.lengths == kept.lengths.flatten()[0]).all() & (kept.lengths > 0).all())
             equal = equal and bool((kept.columns[kept.cu_seqlens[1:] - 1] == kept.size - 1).all())
+            equal = equal and not group.request.pruned
             group.uniform = equal and group.pipeline.counts == "equal" and group.num_layers == group.all_layers
         return group.uniform
 
@@ -398,6 +442,13 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
             if held is not None:
                 setattr(self, name, dense(held))
         self.prefix = None if self.prefix is None else ragged(self.prefix)
+
+
+def _spread(mask: Tensor, slots: Tensor, length: int) -> Tensor:
+    """mask [B, 1, n, t] at slots [B or 1, t] -> [B, 1, n, length], False elsewhere; slot -1 goes nowhere."""
+    index = (slots + 1)[:, None, None].expand(*mask.shape[:3], -1)
+    wide = mask.new_zeros(*mask.shape[:3], length + 1)
+    return wide.scatter(3, index, mask)[..., 1:]
 
 
 def _appended(held: Tensor, new: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from ._compat import (
     template_layers,
     text_config,
 )
+from .cache import CompressedCache
 from .layers import CompressedLayer
 from .lazy_cache import LazyCache
 from .opened import Opened
@@ -42,6 +43,11 @@ class Held(NamedTuple):
     columns: Tensor
     real: Tensor
     length: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is missing, so that all columns stand at their places."""
+        return self.columns.shape[1] == self.length and bool(self.real.all())
 
 
 def prune(model: PreTrainedModel, method: Pruner) -> PruneSession:
@@ -97,7 +103,8 @@ class PruneSession(Opened):
 
     def _begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache, ids = kwargs.get("past_key_values"), args[0] if args else kwargs.get("input_ids")
-        _check_cache(cache)
+        if isinstance(cache, LazyCache):
+            raise ValueError("pruning does not work together with share yet")
         kinds = modalities(model.config, ids, kwargs.get("mm_token_type_ids"))
         if kinds is None:
             raise ValueError(
@@ -118,6 +125,8 @@ class PruneSession(Opened):
             raise ValueError(f"pruning reads an attention mask [B, N], not {list(valid.shape)}")
         self.held = {}
         if bool((kinds > 0).any()):
+            if isinstance(cache, CompressedCache):
+                cache.request.pruned = True
             grids = known_grids(model.config, kinds, kwargs)
             self._reading = _Reading(self.plan, Prompt.of(kinds > 0, valid=valid, shapes=_shapes(grids)))
 
@@ -146,6 +155,9 @@ class PruneSession(Opened):
             kwargs = reading.gathered(full, hidden)
         if index >= self.plan.layers[0]:
             self.held[index] = reading.held
+            cached = _compressed(kwargs, index)
+            if cached is not None:
+                cached.hold(*reading.held)
         is_asked = self.plan.evidence is not None and self.plan.evidence.layer == "previous"
         if is_asked and index + 1 in self.plan.layers:
             kwargs = {**kwargs, "mmkv_watch": reading.watch}
@@ -203,7 +215,7 @@ class _Reading:
     def gathered(self, kwargs: dict[str, Any], hidden: Tensor) -> dict[str, Any]:
         """A layer's arguments for all columns, cut to those held."""
         columns, _, length = self.held
-        if columns.shape[1] == length:
+        if self.held.is_whole:
             return kwargs
         changed: dict[str, Any] = {"attention_mask": _square(kwargs.get("attention_mask"), self.held)}
         if kwargs.get("position_embeddings") is not None:
@@ -247,7 +259,7 @@ class _Reading:
     def restored(self, hidden: Tensor) -> Tensor:
         """The decoder's output with a row for every token, zeros for those dropped."""
         columns, real, length = self.held
-        if hidden.shape[1] == length:
+        if self.held.is_whole:
             return hidden
         whole = hidden.new_zeros(len(hidden), length, hidden.shape[-1])
         return whole.scatter(1, columns[..., None].expand(hidden.shape), hidden * real[..., None])
@@ -283,11 +295,13 @@ def _square(mask: Tensor | None, held: Held) -> Tensor | None:
 def _later(held: Held, index: int, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of layer `index` after the prompt: new tokens see what it holds of the prompt, and what followed."""
     columns, real, length = held
-    mask = kwargs.get("attention_mask")
-    if mask is None and bool(real.all()):
+    mask, cached = kwargs.get("attention_mask"), _compressed(kwargs, index)
+    is_compressed = cached is not None and cached.columns is None  # then it reads logical masks by itself
+    if is_compressed or (mask is None and bool(real.all())):
         return kwargs
     if mask is None:  # one new token, which sees everything
-        followed = kwargs["past_key_values"].get_seq_length(index) - columns.shape[1] + 1
+        before = kwargs["past_key_values"].get_seq_length(index) - (columns.shape[1] if cached is None else length)
+        followed = before + 1
         mask = torch.ones(1, 1, 1, length + followed, dtype=torch.bool, device=columns.device)
     _check_mask(mask)
     after = torch.arange(length, mask.shape[-1], device=mask.device).expand(len(columns), -1)
@@ -308,9 +322,11 @@ def _check_mask(mask: Any) -> None:
         raise ValueError(f"pruning reads boolean masks, not {getattr(mask, 'dtype', type(mask).__name__)}")
 
 
-def _check_cache(cache: Any) -> None:
-    if isinstance(cache, LazyCache) or any(isinstance(x, CompressedLayer) for x in getattr(cache, "layers", ())):
-        raise ValueError("pruning does not work together with compress or share yet")
+def _compressed(kwargs: dict[str, Any], index: int) -> CompressedLayer | None:
+    """The cache layer of layer `index`, if it is one that compresses itself."""
+    cache = kwargs.get("past_key_values")
+    layer = cache.layers[index] if isinstance(cache, CompressedCache) else None
+    return layer if isinstance(layer, CompressedLayer) else None
 
 
 def _check_layers(model: PreTrainedModel, plan: PrunePlan) -> None:

@@ -21,6 +21,7 @@ class Request:
         padding: [B, n] bool, the queries of the forward pass under way that are padding, for layers whose own mask is
             about images; None where there are none.
         last_layer: index in the model of the last layer that is compressed.
+        pruned: whether deeper layers are given less than the first one, so that no two need to hold as much.
         pending: the layer whose keys were handed out and have not reached mmkv's attention function yet.
         failed: why this cache cannot be used any more.
     """
@@ -31,6 +32,7 @@ class Request:
     seen: int = 0
     padding: Tensor | None = None
     last_layer: int = 0
+    pruned: bool = False
     pending: int | None = None
     failed: str | None = None
 

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def sees_itself(mask: Tensor, start: int) -> Tensor:
-    """[B, n] bool: which queries at positions start.. of mask [B, 1, n, S] are no padding."""
-    return mask[:, 0, :, start : start + mask.shape[2]].diagonal(dim1=1, dim2=2)
+def sees_itself(mask: Tensor, positions: Tensor) -> Tensor:
+    """[B, n] bool: which queries at positions [B or 1, n] (-1: none) of mask [B, 1, n, S] are no padding."""
+    batch = max(len(mask), len(positions))
+    index = positions.clamp(min=0).expand(batch, -1)[..., None]
+    return mask[:, 0].expand(batch, -1, -1).gather(2, index)[..., 0] & (positions >= 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +31,17 @@ class WindowRows:
     mask: Tensor | None
 
     @classmethod
-    def of(cls, queries: Tensor, start: int, mask: Tensor | None, size: int) -> WindowRows:
-        """The last `size` real rows of queries [B, Hq, n, D] at positions start.. with mask [B, 1, n, S] or None."""
+    def of(cls, queries: Tensor, positions: Tensor, mask: Tensor | None, size: int) -> WindowRows:
+        """The last `size` real rows of queries [B, Hq, n, D] at positions [B or 1, n], with mask [B, 1, n, S] or None.
+
+        Without a mask none of them is padding.
+        """
         batch, _, count, _ = queries.shape
-        if mask is None and count > size:  # then none of them is padding
-            queries, start, count = queries[:, :, count - size :], start + count - size, size
-        positions = torch.arange(start, start + count, device=queries.device).expand(batch, count)
+        if mask is None and count > size:
+            queries, positions = queries[:, :, count - size :], positions[:, count - size :]
+        positions = positions.expand(batch, -1)
         if mask is not None:
-            positions = positions.masked_fill(~sees_itself(mask, start), -1)
+            positions = positions.masked_fill(~sees_itself(mask, positions), -1)
         return cls(queries, positions, mask).last(size)
 
     def then(self, new: WindowRows, size: int) -> WindowRows:
