@@ -209,7 +209,8 @@ def test_values_survive(value):
         ("adakv+", r"a name is missing in 'adakv\+'"),
         ("adakv++bacon", r"a name is missing in 'adakv\+\+bacon'"),
         ("adakv bacon", "cannot read 'adakv bacon'"),
-        ("lazy(plan.json) | adakv", "2 stages; this version of mmkv has the eviction stage only"),
+        ("lazy(plan.json) | adakv", r"2 stages, and a Pipeline is the last one; use Stages\.parse"),
+        ("adsc+adakv", r"adsc is a stage of its own: write it as in adsc \| snapkv"),
     ],
 )
 def test_mistakes(source, message):
@@ -230,7 +231,8 @@ def test_parts_that_are_not_registered_are_shown_by_repr():
     assert str(Pipeline(score=MixKV(redundancy=0.5))) == "mixkv(redundancy=0.5)"
 
 
-SWITCHES = [(m.name, f.name, f.default) for m in methods() for f in fields(m.factory) if "bool" in str(f.type)]
+FIELDS = [(m.name, f) for m in methods() for f in fields(m.factory) if f.compare]
+SWITCHES = [(name, f.name, f.default) for name, f in FIELDS if "bool" in str(f.type)]
 
 
 def test_the_switches_are_found():

@@ -8,10 +8,12 @@ from dataclasses import dataclass, is_dataclass
 from typing import Any, Literal, get_args
 
 import mmkv_budget
+import mmkv_layershare
+import mmkv_prune
 import mmkv_scores
 import mmkv_select
 
-Kind = Literal["score", "wrap", "layers", "heads", "select"]
+Kind = Literal["score", "wrap", "layers", "heads", "select", "prune", "share"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +22,8 @@ class Method:
 
     Attributes:
         name: as written in the text form.
-        kind: its place: "score" (base), "wrap" (takes a score as its first argument), "layers", "heads" or "select".
+        kind: its place: "score" (base), "wrap" (takes a score as its first argument), "layers", "heads" or "select" in
+            a pipeline that evicts; "prune" and "share" are stages of their own.
         factory: a frozen dataclass.
         order: wraps are applied from low to high, so BACON (0) is inside MixKV (1); of one order, the first named is
             the outermost.
@@ -102,5 +105,12 @@ for _name, _kind, _factory, _order in (
     ("sparsemm", "heads", mmkv_budget.SparseMM, 2),
     ("headkv", "heads", mmkv_budget.HeadKV, 2),
     ("select", "select", mmkv_select.Select, 2),
+    ("adsc", "prune", mmkv_prune.ADSC, 2),
+    ("fastv", "prune", mmkv_prune.FastV, 2),
+    ("pyramiddrop", "prune", mmkv_prune.PyramidDrop, 2),
+    ("sparsevlm", "prune", mmkv_prune.SparseVLM, 2),
+    ("randomdrop", "prune", mmkv_prune.RandomDrop, 2),
+    ("uniformdrop", "prune", mmkv_prune.UniformDrop, 2),
+    ("lazy", "share", mmkv_layershare.LazyPlan, 2),
 ):
     register(_name, _kind, _factory, order=_order)  # type: ignore[arg-type]

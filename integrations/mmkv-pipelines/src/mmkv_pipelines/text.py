@@ -23,31 +23,33 @@ def parse(source: str) -> dict[str, Any]:
     """
     stages = split(source, "|")
     if len(stages) > 1:
-        raise ValueError(f"{source!r} has {len(stages)} stages; this version of mmkv has the eviction stage only")
+        raise ValueError(f"{source!r} has {len(stages)} stages, and a Pipeline is the last one; use Stages.parse")
     pieces = split(source, "+")
     if not all(map(str.strip, pieces)):
         raise ValueError(f"a name is missing in {source!r}; known are {', '.join(m.name for m in methods())}")
-    parts = [_read(piece) for piece in pieces]
+    parts = [read(piece) for piece in pieces]
     found: dict[str, Any] = {}
     for method, args, settings in parts:
+        if method.kind in ("prune", "share"):
+            raise ValueError(f"{method.name} is a stage of its own: write it as in {method.name} | snapkv")
         if method.kind != "wrap":
             place = method.kind
             if place in found:
                 raise ValueError(f"{source!r} names two {place} methods; a pipeline has one")
-            found[place] = _make(method, args, settings)
+            found[place] = make(method, args, settings)
     wraps = [part for part in parts if part[0].kind == "wrap"]
     from_outside = sorted(wraps, key=lambda part: part[0].order, reverse=True)
     for method, args, settings in reversed(from_outside):
-        base = found["score"] if "score" in found else _make(find("snapkv"), (), {})
+        base = found["score"] if "score" in found else make(find("snapkv"), (), {})
         if args:
             raise ValueError(f"{method.name} takes settings by name, as in {method.name}(key=value)")
-        found["score"] = _make(method, (base,), settings)
+        found["score"] = make(method, (base,), settings)
     return found
 
 
 def render(score: object, layers: object, heads: object, select: object) -> str:
     """The canonical text: layers, heads, wraps from the outside in, base score, select; defaults are left out."""
-    shown = [_show(layers), _show(heads), *_show_score(score), _show(select)]
+    shown = [show(layers), show(heads), *_show_score(score), show(select)]
     return "+".join(text for text in shown if text not in ("uniform", "equal", "snapkv", "select")) or "snapkv"
 
 
@@ -72,7 +74,12 @@ def split(source: str, separator: str) -> list[str]:
     return [*pieces, source[start:]]
 
 
-def _read(part: str) -> tuple[Method, list[Any], dict[str, Any]]:
+def read(part: str) -> tuple[Method, list[Any], dict[str, Any]]:
+    """The method of `name(setting=value)`, its positional arguments and its settings.
+
+    Raises:
+        ValueError: it looks otherwise, names no method, or gives a setting twice.
+    """
     match = _PART.fullmatch(part)
     if match is None:
         raise ValueError(f"cannot read {part.strip()!r}; a part looks like name or name(setting=value)")
@@ -100,7 +107,12 @@ def _value(text: str) -> Any:
         return text
 
 
-def _make(method: Method, args: Any, settings: dict[str, Any]) -> Any:
+def make(method: Method, args: Any, settings: dict[str, Any]) -> Any:
+    """The method with these settings.
+
+    Raises:
+        ValueError: it has no such setting, or not with this value.
+    """
     try:
         return method.factory(*args, **settings)
     except TypeError as error:
@@ -110,7 +122,7 @@ def _make(method: Method, args: Any, settings: dict[str, Any]) -> Any:
 
 def _show_score(score: object) -> list[str]:
     """The names of wraps and base, or the `repr` of the whole if those would be read as another score."""
-    shown = [_show(part) for part in _unwrap(score)]
+    shown = [show(part) for part in _unwrap(score)]
     try:
         is_same = bool(parse("+".join(shown))["score"] == score)
     except Exception:  # whatever a third party's part raises when it is made of text
@@ -125,13 +137,15 @@ def _unwrap(score: object) -> list[object]:
     return scores
 
 
-def _show(part: object) -> str:
+def show(part: object) -> str:
+    """One part with the settings that are not the default; its `repr` if it is not registered."""
     method = named(part)
     if method is None:
         return repr(part)
     fields = dataclasses.fields(part)[1 if method.kind == "wrap" else 0 :]  # type: ignore[arg-type]
-    settings = [(f.name, getattr(part, f.name)) for f in fields if f.init and getattr(part, f.name) != _default(f)]
-    return method.name + (f"({','.join(f'{k}={_literal(v)}' for k, v in settings)})" if settings else "")
+    values = [(f, getattr(part, f.name)) for f in fields if f.init and f.compare]
+    settings = [f"{f.name}={_literal(value)}" for f, value in values if value != _default(f)]
+    return method.name + (f"({','.join(settings)})" if settings else "")
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
