@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from mmkv_hf import share
-from mmkv_hf.lazy import layer_kinds
+from mmkv_hf.kinds import layer_kinds
 from mmkv_hf.lazy_cache import LazyCache, pack, spread
 from mmkv_layershare import LazyPlan
 from mmkv_testkit.families import FAMILIES

@@ -1,11 +1,20 @@
 """Pruning, lazy layers and eviction together, against a dense model that forbids what each of them took away."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
-from mmkv_hf import compress, prune
+from mmkv_hf import Budget, Stages, compress, prune
+from mmkv_hf.follower import FollowerLayer
+from mmkv_hf.kinds import layer_kinds
+from mmkv_layershare import LazyPlan
+from mmkv_pipelines import Pipeline
 from mmkv_prune import ADSC, FastV, PyramidDrop, RandomDrop, SparseVLM
 from mmkv_testkit.families import FAMILIES
 from mmkv_testkit.oracle import MaskedDense, Round
+from torch.nn.functional import pad as widen
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
 F64 = torch.float64
 EXACT = 1e-9
@@ -160,3 +169,251 @@ def test_every_answer_token_from_what_is_left(kit):
         with MaskedDense(model, [Round(alive, 0), Round(keep, ids.shape[1] - 1)]), torch.no_grad():
             wanted = model(**inputs)
         assert kit.difference(again.logits[:, -1], wanted.logits[:, -1]) < EXACT
+
+
+# -- lazy layers that keep what their anchors keep
+
+NAME = "mmkv_stages_reference"
+BLOCKS = ((0, 1), (2, 3))
+MODES = pytest.mark.parametrize("mode", ["visual", "global"])
+_STATE: dict = {}
+
+
+def reference_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, softcap=None, **kwargs):
+    """Eager attention in float64 over full caches. A block has its anchor's masks, and its probabilities (global) or
+    its queries and keys of vision tokens (visual)."""
+    plan, layer = _STATE["plan"], module.layer_idx
+    anchor, group = plan.anchor(layer), query.shape[1] // key.shape[1]
+    rows, columns = query.shape[2], key.shape[2]
+    if attention_mask is None:
+        attention_mask = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)[None, None]
+    late = torch.arange(columns - rows, columns)[:, None]
+    for round_ in _STATE["rounds"]:
+        if anchor in round_.keep:
+            kept = widen(round_.keep[anchor], (0, columns), value=True)[..., :columns]
+            kept = kept.repeat_interleave(group, 1).repeat_interleave(len(query) // len(kept), 0)[:, :, None]
+            attention_mask = attention_mask & (kept | (late < round_.from_query))
+    if plan.mode == "visual" and anchor != layer:
+        vision = widen(_STATE["vision"], (0, columns))[:, None, :columns, None].repeat_interleave(
+            len(query) // len(_STATE["vision"]), 0
+        )
+        query = torch.where(vision[:, :, columns - rows :], _STATE["lent"][anchor][0], query)
+        key = torch.where(vision, _STATE["lent"][anchor][1], key)
+    logits = query.double() @ key.double().repeat_interleave(group, 1).transpose(-1, -2) * scaling
+    weights = logits.masked_fill(~attention_mask, -torch.inf).softmax(-1).nan_to_num(0)
+    if plan.mode == "global" and anchor != layer:
+        weights = _STATE["lent"][anchor]
+    if anchor == layer:
+        _STATE["lent"][layer] = weights if plan.mode == "global" else (query, key)
+    out = weights @ value.double().repeat_interleave(group, 1)
+    return out.transpose(1, 2).to(query.dtype).contiguous(), None
+
+
+AttentionInterface.register(NAME, reference_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@contextmanager
+def by_hand(model, plan, inputs, rounds):
+    text = model.config.get_text_config(decoder=True)
+    before, key = text._attn_implementation, ""
+    key = next((k for k in model.config.sub_configs if getattr(model.config, k, None) is text), "")
+    _STATE.update(plan=plan, lent={}, rounds=rounds, vision=inputs["input_ids"] == model.config.image_token_id)
+    model.set_attn_implementation({key: NAME})
+    try:
+        yield
+    finally:
+        model.set_attn_implementation({key: before})
+
+
+def stages_of(model, mode, pipeline, method=None, blocks=BLOCKS):
+    return Stages(method, LazyPlan(len(layer_kinds(model)), blocks, mode), Pipeline.parse(pipeline))
+
+
+def shared_and_compressed(kit, model, inputs, stages, tokens, budget, **settings):
+    """What the stages gave, the cache, and what the reference gives with the cache's masks."""
+    with compress(model, stages, budget) as session:
+        found = kit.decode(model, inputs, tokens, **settings)
+        held = {} if stages.prune is None else alive_of(session._pruning, session.last.layers[0].keys.shape[1])
+    keep, end = session.last.kept_masks(), inputs["input_ids"].shape[1]
+    with by_hand(model, stages.share, inputs, [Round(held, 0), Round(keep, end)]):
+        wanted = kit.decode(model, inputs, found.tokens)
+    return found, wanted, session.last
+
+
+@MODES
+@pytest.mark.parametrize("is_padded", [False, True], ids=["one row", "left-padded"])
+@pytest.mark.parametrize("family", FULL)
+def test_lazy_layers_keep_what_their_anchor_keeps(kit, family, is_padded, mode):
+    if is_padded:
+        model, inputs = kit.padded(family, dtype=F64)
+    else:
+        tiny = kit.vlm(family, dtype=F64)
+        model, inputs = tiny.model, tiny.inputs
+    stages = stages_of(model, mode, "adakv+bacon+snapkv(window=8)")
+    stock = kit.decode(model, inputs)
+    found, wanted, cache = shared_and_compressed(kit, model, inputs, stages, stock.tokens, kit.BUDGET)
+    assert kit.difference(found.logits, wanted.logits) < EXACT
+    assert kit.difference(found.logits, stock.logits) > MATTERS
+    only_evicted, _ = kit.compressed(model, inputs, stock.tokens, "adakv+bacon+snapkv(window=8)")
+    assert kit.difference(found.logits, only_evicted.logits) > MATTERS
+    keep = cache.kept_masks()
+    assert not keep[0].all()
+    for layer in stages.share.lazy:
+        assert torch.equal(keep[layer], keep[stages.share.anchor(layer)])
+        assert isinstance(cache.layers[layer], FollowerLayer)
+
+
+@MODES
+@pytest.mark.parametrize("blocks", [((0, 3),), ((1, 2),)])
+@pytest.mark.parametrize(
+    "pipeline", ["pyramidkv+snapkv(window=8)", "h2o+select(recent=4)", "adakv(normalize=false)+knorm"]
+)
+def test_blocks_and_pipelines(kit, pipeline, blocks, mode):
+    model, inputs = kit.padded("llava", dtype=F64)
+    stages = stages_of(model, mode, pipeline, blocks=blocks)
+    found, wanted, cache = shared_and_compressed(kit, model, inputs, stages, 5, kit.BUDGET)
+    assert kit.difference(found.logits, wanted.logits) < EXACT
+    group = cache.layers[0].group
+    assert group.num_layers == 4 - len(stages.share.lazy)
+    assert group.round is None
+
+
+@MODES
+@pytest.mark.parametrize("is_padded", [False, True], ids=["one row", "left-padded"])
+@pytest.mark.parametrize("method", [ADSC(layers=(2,), stride=2), FastV(layer=2, keep=0.5)])
+def test_all_three_stages(kit, method, is_padded, mode):
+    if is_padded:
+        model, inputs = kit.padded("qwen2_vl", dtype=F64)
+    else:
+        tiny = kit.vlm("qwen2_vl", dtype=F64)
+        model, inputs = tiny.model, tiny.inputs
+    stages = stages_of(model, mode, "adakv+bacon+snapkv(window=8)", method)
+    found, wanted, _ = shared_and_compressed(kit, model, inputs, stages, 5, kit.BUDGET)
+    assert kit.difference(found.logits, wanted.logits) < EXACT
+    without, _, _ = shared_and_compressed(
+        kit, model, inputs, stages_of(model, mode, "adakv+bacon+snapkv(window=8)"), found.tokens, kit.BUDGET
+    )
+    assert kit.difference(found.logits, without.logits) > MATTERS
+
+
+@MODES
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_beams": 3, "num_return_sequences": 2}, {"prompt_lookup_num_tokens": 2}, {"do_sample": True, "top_k": 3}],
+)
+def test_generate_modes_with_lazy_layers(kit, settings, mode):
+    tiny = kit.vlm("llava", dtype=F64)
+    model, inputs = tiny.model, tiny.inputs
+    stages = stages_of(model, mode, kit.PIPELINE)
+
+    def generated():
+        torch.manual_seed(0)
+        return model.generate(**inputs, max_new_tokens=6, **settings).tolist()
+
+    with compress(model, stages, kit.BUDGET) as session:
+        found = generated()
+        keep = {i: x[:1] for i, x in session.last.kept_masks().items()}
+    with by_hand(model, stages.share, inputs, [Round(keep, inputs["input_ids"].shape[1])]):
+        assert generated() == found
+
+
+@MODES
+@pytest.mark.parametrize("budget", [25, 4096])
+def test_a_second_turn_with_lazy_layers(kit, budget, mode):
+    tiny = kit.vlm("llava", dtype=F64)
+    model, inputs = tiny.model, tiny.inputs
+    stages = stages_of(model, mode, kit.PIPELINE)
+    with compress(model, stages, budget) as session:
+        first = kit.decode(model, inputs, 3)
+        cache = session.last
+        before = cache.kept_masks()
+        turn = kit.conversation(inputs, first.tokens, kit.words(1, 5))
+        second = kit.decode(model, turn, 3, past_key_values=cache)
+        after = cache.kept_masks()
+    ends = [inputs["input_ids"].shape[1], turn["input_ids"].shape[1]]
+    with by_hand(model, stages.share, inputs | turn, [Round(before, ends[0]), Round(after, ends[1])]):
+        wanted = kit.decode(model, inputs | turn, second.tokens)
+    assert kit.difference(second.logits, wanted.logits) < EXACT
+
+
+@MODES
+def test_bytes_of_a_block(kit, mode):
+    """Lazy layers hold values, and keys of kept text in visual mode; slots and sums come on top."""
+    tiny = kit.vlm("llava")
+    stages = stages_of(tiny.model, mode, "snapkv(window=8)", blocks=((0, 3),))
+    with compress(tiny.model, stages, 30) as session:
+        kit.decode(tiny.model, tiny.inputs, 1)
+    cache, text = session.last, tiny.text_config
+    heads, width = text.num_key_value_heads, text.hidden_size // text.num_attention_heads
+    vision = tiny.inputs["input_ids"][0] == tiny.model.config.image_token_id
+    kept_vision = int((cache.kept_masks()[0][0] & vision).sum())
+    entries, lazy = 30 * heads, 3
+    keys = entries + (lazy * (entries - kept_vision) if mode == "visual" else 0)
+    wanted = 4 * width * (keys + (1 + lazy) * entries)
+    held = sum(x.keys.nbytes + x.values.nbytes + x.prefix.keys.nbytes + x.prefix.values.nbytes for x in cache.layers)
+    held += sum(x._text.keys.nbytes for x in cache.layers[1:] if mode == "visual")
+    assert held == wanted
+    slots = 8 * (heads + 1) + 4 * entries
+    text_slots = 8 * (heads + 1) + 4 * (entries - kept_vision) if mode == "visual" else 0
+    vision_flags = vision.numel() if mode == "visual" else 0
+    assert cache.bytes_held <= wanted + 4 * slots + lazy * text_slots + vision_flags
+
+
+@MODES
+def test_a_budget_in_bytes_counts_what_lazy_layers_store(kit, mode):
+    tiny = kit.vlm("llava")
+    budget = Budget(bytes=40_000)
+    with compress(tiny.model, stages_of(tiny.model, mode, "snapkv(window=8)"), budget) as session:
+        kit.decode(tiny.model, tiny.inputs, 1)
+    shared = session.last
+    with compress(tiny.model, "snapkv(window=8)", budget) as session:
+        kit.decode(tiny.model, tiny.inputs, 1)
+    assert shared.bytes_held < 40_000 * 1.05
+    kept = [int(x.kept_masks()[0].sum()) for x in (shared, session.last)]
+    assert kept[0] > kept[1] if mode == "global" else kept[0] == kept[1]
+
+
+def test_every_answer_token_with_lazy_layers(kit):
+    tiny = kit.vlm("llava", dtype=F64)
+    model, inputs = tiny.model, tiny.inputs
+    for mode in ("visual", "global"):
+        stages = stages_of(model, mode, kit.PIPELINE)
+        with compress(model, stages, 25) as session, torch.no_grad():
+            cache = session.cache(**inputs)
+            model(**inputs, past_key_values=cache)
+            keep, ids = cache.kept_masks(), inputs["input_ids"]
+            cache.crop(-1)
+            again = model(input_ids=ids[:, -1:], attention_mask=inputs["attention_mask"], past_key_values=cache)
+        with by_hand(model, stages.share, inputs, [Round(keep, ids.shape[1] - 1)]), torch.no_grad():
+            wanted = model(**inputs)
+        assert kit.difference(again.logits[:, -1], wanted.logits[:, -1]) < EXACT
+
+
+def test_what_does_not_go_together_is_refused(kit):
+    tiny = kit.vlm("llava")
+    with pytest.raises(ValueError, match=r"nothing in 'adsc.*' evicts"):
+        compress(tiny.model, "adsc(layers=[1])", 40)
+    with pytest.raises(ValueError, match="the plan was made for 32 layers"):
+        compress(tiny.model, "lazy(preset=llava-1.5-7b) | snapkv", 40)
+    with pytest.raises(ValueError, match="last layer is 3"):
+        compress(tiny.model, "adsc | snapkv", 40)
+    with pytest.raises(ValueError, match="did you mean"):
+        compress(tiny.model, "adsk | snapkv", 40)
+
+
+def test_the_model_is_as_before(kit):
+    tiny = kit.vlm("llava")
+    model = tiny.model
+    hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
+    before = (dict(vars(model)), model.config.to_dict())
+    stages = stages_of(model, "visual", kit.PIPELINE, ADSC(layers=(2,), stride=2))
+    for ids in (tiny.inputs["input_ids"], tiny.inputs["input_ids"][:, :5]):  # the second one has too few image tokens
+        try:
+            with compress(model, stages, 30) as session:
+                model.generate(**tiny.inputs | {"input_ids": ids}, max_new_tokens=2)
+            assert str(stages) in str(session.report())
+        except (ValueError, RuntimeError):
+            assert ids.shape[1] == 5
+        assert (dict(vars(model)), model.config.to_dict()) == before
+        assert [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()] == hooks

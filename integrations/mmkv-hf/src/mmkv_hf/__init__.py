@@ -1,6 +1,6 @@
 """mmkv on transformers: real generation from a compressed cache, with nothing patched."""
 
-from mmkv_pipelines import Budget, Pipeline, register
+from mmkv_pipelines import Budget, Pipeline, Stages, register
 
 from ._compat import set_attention
 from .cache import CompressedCache
@@ -23,6 +23,7 @@ __all__ = [
     "PruneSession",
     "Report",
     "Session",
+    "Stages",
     "TextBox",
     "compress",
     "plot_divergences",

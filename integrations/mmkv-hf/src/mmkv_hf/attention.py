@@ -43,9 +43,9 @@ def attention_forward(
         [B, n, Hq, Dv] and None for the weights.
     """
     watch, lending = kwargs.pop("mmkv_watch", None), kwargs.pop("mmkv_lending", None)
+    layer = layer_of(key)
     if lending is not None:
         query, key = lending.exchange(module.layer_idx, query, key)
-    layer = layer_of(key)
     _check_extras(kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     softcap = kwargs.pop("softcap", None)
@@ -59,7 +59,7 @@ def attention_forward(
     if layer.prefix is None:
         out = _dense(module, query, key, value, attention_mask, dropout, scaling, softcap, kwargs)
     else:
-        out = _ragged(layer, query, mask, scaling, softcap)
+        out = _ragged(layer, query, key, value, mask, scaling, softcap)
     if layer.reading:
         layer.observe(getattr(module, "layer_idx", layer.layer_idx), query, mask, scaling, softcap)
     return out, None
@@ -99,13 +99,20 @@ def _softcapped(
 
 
 def _ragged(
-    layer: CompressedLayer, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
+    layer: CompressedLayer,
+    query: Tensor,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None,
 ) -> Tensor:
-    prefix = layer.prefix
+    prefix = layer.attended
     assert prefix is not None
     cross = isinstance(layer, CrossLayer)
-    tail_keys = layer.keys if not cross else prefix.keys.new_empty(*prefix.shape, 0, prefix.keys.shape[-1])
-    tail_values = layer.values if not cross else prefix.values.new_empty(*prefix.shape, 0, prefix.values.shape[-1])
+    if cross:  # what it hands out is the prefix
+        tail_keys = prefix.keys.new_empty(*prefix.shape, 0, prefix.keys.shape[-1])
+        tail_values = prefix.values.new_empty(*prefix.shape, 0, prefix.values.shape[-1])
     prefix_mask = tail_mask = None
     if mask is not None:
         tail = tail_keys.shape[2]
@@ -136,7 +143,12 @@ def _check_extras(kwargs: dict[str, Any]) -> None:
 
 def _check_reader(module: nn.Module, layer: CompressedLayer, key: Tensor) -> None:
     held = layer.keys
-    if layer.prefix is not None and not isinstance(layer, CrossLayer) and held is not None and key.shape != held.shape:
+    if (
+        layer.prefix is not None
+        and not isinstance(layer, CrossLayer)
+        and held is not None
+        and key.shape[:3] != held.shape[:3]
+    ):
         raise RuntimeError(
             f"layer {getattr(module, 'layer_idx', '?')} reads the keys of layer {layer.layer_idx}, which was "
             "compressed before its last reader ran; this version of transformers shares KV in a way mmkv does not know"

@@ -7,17 +7,21 @@ from typing import Any
 
 import torch
 from mmkv_budget import Equal, TableRule
+from mmkv_layershare import LazyPlan
 from mmkv_pipelines import Budget, Pipeline
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin
 
 from ._compat import cross_layers, is_full_attention, last_readers, template_layers, text_config
 from .cross import CrossLayer
+from .follower import FollowerLayer
+from .kinds import layer_kinds
 from .layers import CompressedLayer
 from .request import Group, Request
+from .vision import Vision, VisionCache
 
 
-class CompressedCache(Cache):  # type: ignore[misc]
+class CompressedCache(VisionCache):
     """A `past_key_values` whose full-attention layers evict once the prompt has been read.
 
     Sliding-window, linear-attention and KV-reading layers keep the classes transformers gives them. The model's
@@ -32,6 +36,7 @@ class CompressedCache(Cache):  # type: ignore[misc]
             decoding make it impossible to see from the cache where the prompt ends.
         modality: [B, prompt_length] int8 (0 text, 1 image, 2 video), for pipelines that protect a modality.
         protect: [B, prompt_length] bool, tokens that must stay.
+        plan: of lazy layers, which keep what their anchors keep; such a cache works inside a session with this plan.
 
     Raises:
         ValueError: the model has no decoder that can be compressed, or the settings do not fit it.
@@ -46,11 +51,12 @@ class CompressedCache(Cache):  # type: ignore[misc]
         prompt_length: int,
         modality: Tensor | None = None,
         protect: Tensor | None = None,
+        plan: LazyPlan | None = None,
     ) -> None:
         config = text_config(model)
         parsed = Pipeline.parse(pipeline)
-        self.request = Request(parsed, checked_budget(parsed, budget))
-        super().__init__(layers=make_layers(config, self.request))
+        self.request, self.vision = Request(parsed, checked_budget(parsed, budget)), Vision()
+        super().__init__(layers=make_layers(config, self.request, plan=plan, vision=self.vision))
         self.expect(prompt_length, modality=modality, protect=protect)
 
     def expect(self, prompt_length: int, *, modality: Tensor | None = None, protect: Tensor | None = None) -> None:
@@ -157,14 +163,31 @@ def checked_budget(pipeline: Pipeline, budget: int | float | Budget) -> Budget:
     return made
 
 
-def make_layers(config: Any, request: Request, kind: type[CompressedLayer] = CompressedLayer) -> list[CacheLayerMixin]:
+def make_layers(
+    config: Any,
+    request: Request,
+    kind: type[CompressedLayer] = CompressedLayer,
+    *,
+    plan: LazyPlan | None = None,
+    vision: Vision | None = None,
+) -> list[CacheLayerMixin]:
     """One layer per layer of the decoder, those with full self-attention of the given kind.
 
+    Args:
+        config: of the decoder.
+        request: the conversation.
+        kind: of layers that decide for themselves.
+        plan: of lazy layers, which follow others.
+        vision: which tokens are vision tokens, for lazy layers in visual mode.
+
     Raises:
-        ValueError: there is none that can be compressed, or a table was made for another model.
+        ValueError: there is none that can be compressed, a table was made for another model, or the plan was.
     """
+    if plan is not None:
+        plan.check(layer_kinds(config))
+    lazy = () if plan is None else plan.lazy
     template, cross, readers = template_layers(config), cross_layers(config), last_readers(config)
-    own = [i for i, layer in enumerate(template) if is_full_attention(layer) and i not in cross]
+    own = [i for i, layer in enumerate(template) if is_full_attention(layer) and i not in cross and i not in lazy]
     image = [i for i, layer in enumerate(template) if is_full_attention(layer) and i in cross]
     if not own:
         raise ValueError(f"{config.model_type} has no full-attention layer whose cache could be compressed")
@@ -172,8 +195,20 @@ def make_layers(config: Any, request: Request, kind: type[CompressedLayer] = Com
         _check_table(config, group)
         request.last_layer = max(request.last_layer, *indices)
         for ordinal, i in enumerate(indices):
-            template[i] = made(group, ordinal, i, readers.get(i, i))
+            last_reader = readers.get(i, i) if plan is None else max(readers.get(i, i), plan.last_reader(i))
+            template[i] = layer = made(group, ordinal, i, last_reader)
+            if made is kind and plan is not None:
+                _follow(template, layer, plan, vision)
     return template
+
+
+def _follow(template: list[CacheLayerMixin], anchor: CompressedLayer, plan: LazyPlan, vision: Vision | None) -> None:
+    """Puts the lazy layers of a block in their places."""
+    group = anchor.group
+    for i in range(anchor.layer_idx + 1, plan.last_reader(anchor.layer_idx) + 1):
+        template[i] = FollowerLayer(anchor, i, vision if plan.mode == "visual" else None)
+        group.followers, group.is_visual, group.request.uneven = group.followers + 1, plan.mode == "visual", True
+        group.request.last_layer = max(group.request.last_layer, i)
 
 
 def _groups(

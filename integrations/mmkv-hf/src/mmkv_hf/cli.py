@@ -122,12 +122,13 @@ def _generate(
 ) -> None:
     from transformers import AutoModelForImageTextToText
 
-    from . import Pipeline, compress
+    from . import Stages, compress
     from .cache import checked_budget
     from .plot import check_target
+    from .session import evicting
 
-    method = Pipeline.parse(pipeline)  # what is wrong is said before the weights are read
-    size = checked_budget(method, _number(budget))
+    method = Stages.parse(pipeline)  # what is wrong is said before the weights are read
+    size = checked_budget(evicting(method), _number(budget))
     if not prompt.strip():
         raise ValueError("the prompt is empty")
     if plot is not None:
@@ -155,7 +156,7 @@ def _profile_layers(
     from transformers import AutoModelForImageTextToText
 
     from .calibrate import plot_divergences, profile_layers
-    from .lazy import layer_kinds
+    from .kinds import layer_kinds
     from .plot import check_target
     from .profile import read_pages
 

@@ -32,6 +32,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
     Attributes:
         ordinal: index among the layers of its group.
         layer_idx: index in the model.
+        followers: lazy layers that keep what this one keeps (`FollowerLayer`).
         seen: logical length, tokens that ever reached this layer.
         prefix: kept entries before the tail, or None.
         slots: [B, H, k] int32, logical columns of the first k dense entries in the uniform form, else None.
@@ -49,6 +50,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, group: Group, ordinal: int, layer_idx: int, last_reader: int) -> None:
         super().__init__()
         self.group, self.ordinal, self.layer_idx, self.last_reader = group, ordinal, layer_idx, last_reader
+        self.followers: list[Any] = []
         self.keys: Tensor
         self.values: Tensor
         self._empty()
@@ -183,6 +185,11 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
             return None
         count = self.slots.shape[-1] + 1
         return torch.full(self.slots.shape[:2], count, dtype=torch.int64, device=self.slots.device)
+
+    @property
+    def attended(self) -> RaggedKV | None:
+        """The prefix as attention reads it."""
+        return self.prefix
 
     def prefetch(self) -> None:
         """Moves what is held back to its device."""
@@ -351,6 +358,13 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         held = torch.full(keys.shape[:1], end, device=keys.device) if visible is None else visible.sum(-1)
         return held.expand(keys.shape[0]) if self.padding is None else held - self.padding
 
+    def _pair_bytes(self, keys: Tensor, values: Tensor) -> int:
+        """Bytes of one KV pair in all heads of all layers: what lazy layers store of it belongs to their anchor's."""
+        heads, size, group = keys.shape[1], keys.element_size(), self.group
+        key, value = keys.shape[-1] * size + 4, values.shape[-1] * size
+        own = group.all_layers * (key + value)
+        return heads * (own + group.followers * (value + (key if group.is_visual else 0)))
+
     def _decide(
         self,
         keys: Tensor,
@@ -361,8 +375,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         scaling: float,
         softcap: float | None,
     ) -> Kept | None:
-        pair = keys.shape[1] * ((keys.shape[-1] + values.shape[-1]) * keys.element_size() + 4)
-        round_ = self.group.begin(lengths, pair)
+        round_ = self.group.begin(lengths, self._pair_bytes(keys, values))
         valid = slots >= 0 if visible is None else at_slots(visible, slots) & (slots >= 0)
         queries, seen = self._window(keys, slots)
         sums, counts = self._sums or (None, None)
@@ -406,7 +419,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         return None if plain else rows.sees(slots)
 
     def _store(self, keys: Tensor, values: Tensor, slots: Tensor, kept: Kept, padding: Tensor) -> None:
-        start = self.keys.shape[2] - 1 - (self.seen - self.group.request.prompt_end)
+        start = self._tail_start
         if self._uniform(kept):
             held = compact(keys, values, slots, kept)  # with the last prompt token, which saves joining them
             shape = (*held.shape, int(kept.lengths.flatten()[0]))
@@ -414,9 +427,17 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
             self.keys = _appended(held.keys.view(*shape, -1), self.keys[:, :, start + 1 :])
             self.values = _appended(held.values.view(*shape, -1), self.values[:, :, start + 1 :])
         else:
-            self.prefix = compact(keys, values, slots, kept.below(kept.size - 1))
+            before = kept.below(kept.size - 1)
+            for follower in self.followers:
+                follower.follow(before)
+            self.prefix = compact(keys, values, slots, before)
             self.slots = self.padding = self.columns = None
             self.keys, self.values = self.keys[:, :, start:].clone(), self.values[:, :, start:].clone()
+
+    @property
+    def _tail_start(self) -> int:
+        """Where the last prompt token stands in the dense part."""
+        return self.keys.shape[2] - 1 - (self.seen - self.group.request.prompt_end)
 
     def _uniform(self, kept: Kept) -> bool:
         """Whether the whole cache is uniform, which its first layer decides; the tail has to belong to every row."""
@@ -424,7 +445,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         if group.uniform is None:
             equal = bool((kept.lengths == kept.lengths.flatten()[0]).all() & (kept.lengths > 0).all())
             equal = equal and bool((kept.columns[kept.cu_seqlens[1:] - 1] == kept.size - 1).all())
-            equal = equal and not group.request.pruned
+            equal = equal and not group.request.uneven
             group.uniform = equal and group.pipeline.counts == "equal" and group.num_layers == group.all_layers
         return group.uniform
 

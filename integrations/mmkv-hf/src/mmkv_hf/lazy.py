@@ -12,49 +12,17 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from mmkv_layershare import LayerKind, LazyPlan
+from mmkv_layershare import LazyPlan
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ._compat import (
-    attributes_set,
-    cross_layers,
-    is_full_attention,
-    last_readers,
-    modalities,
-    template_layers,
-    text_config,
-)
-from .lazy_cache import LazyCache, Vision
+from ._compat import attributes_set, modalities
+from .kinds import layer_kinds
+from .lazy_cache import LazyCache
 from .opened import Opened
+from .vision import Vision, VisionCache
 
 _PROJECTIONS = ("q_proj", "k_proj")
-
-
-def layer_kinds(model: Any) -> list[LayerKind]:
-    """What a plan has to respect, of every layer of a model or config."""
-    config = text_config(model)
-    template, cross, readers = template_layers(config), cross_layers(config), last_readers(config)
-    types = getattr(config, "layer_types", None) or ["full_attention"] * len(template)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return [
-        LayerKind(
-            config.num_attention_heads,
-            heads,
-            width,
-            _rope(config, types[i]),
-            is_full_attention(layer) and i not in cross and readers.get(i, i) == i,
-        )
-        for i, layer in enumerate(template)
-    ]
-
-
-def _rope(config: Any, kind: str) -> str:
-    """The rotary parameters of layers of this type, as text."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    own = parameters.get(kind, parameters) if isinstance(parameters, dict) else parameters
-    return repr(sorted(own.items())) if isinstance(own, dict) else repr(own)
 
 
 class Lending:
@@ -63,19 +31,22 @@ class Lending:
     Attributes:
         plan: who lends to whom.
         vision: [B, S] bool, in visual mode, of this pass.
+        held: layers that were given only some columns of the prompt: these [B, K] int64, whether each is real [B, K]
+            bool, and how many there were.
         lent: lazy layers served in this pass.
     """
 
     def __init__(self, plan: LazyPlan) -> None:
         self.plan = plan
         self.vision: Tensor | None = None
+        self.held: dict[int, tuple[Tensor, Tensor, int]] = {}
         self.lent = 0
         self._query: Tensor | None = None
         self._key: Tensor | None = None
 
     def begin(self, vision: Tensor | None) -> None:
         """A forward pass over tokens of which `vision` [B, S] are vision tokens, cached ones included."""
-        self.vision, self.lent = vision, 0
+        self.vision, self.held, self.lent = vision, {}, 0
         self._query = self._key = None
 
     def exchange(self, layer: int, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,23 +64,32 @@ class Lending:
         self.lent += 1
         if self.vision is None:
             return borrowed
-        columns = self.vision[:, None, :, None]
-        rows = columns[:, :, columns.shape[2] - query.shape[2] :]
+        rows = self.latest(layer, query.shape[2])[:, None, :, None]
+        columns = self.latest(layer, key.shape[2])[:, None, :, None]
         return torch.where(rows, borrowed[0], query), torch.where(columns, borrowed[1], key)
+
+    def latest(self, layer: int, count: int) -> Tensor:
+        """[B, count] bool: which of the latest tokens that a layer was given are vision tokens, in visual mode."""
+        assert self.vision is not None
+        vision = self.vision
+        if layer in self.held:
+            columns, real, length = self.held[layer]
+            vision = torch.cat([vision.gather(1, columns) & real, vision[:, length:]], dim=1)
+        return vision[:, vision.shape[1] - count :]
 
 
 class _Projection(nn.Module):
     """A lazy layer's query or key projection that runs only where its result is used."""
 
-    def __init__(self, projection: nn.Linear, lending: Lending) -> None:
+    def __init__(self, projection: nn.Linear, lending: Lending, layer: int) -> None:
         super().__init__()
-        self.projection, self.lending = projection, lending
+        self.projection, self.lending, self.layer = projection, lending, layer
 
     def forward(self, x: Tensor) -> Tensor:
-        shape, vision = (*x.shape[:-1], self.projection.out_features), self.lending.vision
-        if vision is None:
+        shape = (*x.shape[:-1], self.projection.out_features)
+        if self.lending.vision is None:
             return x.new_zeros(()).expand(shape)
-        is_text = ~vision[:, vision.shape[1] - x.shape[1] :]
+        is_text = ~self.lending.latest(self.layer, x.shape[1])
         projected: Tensor = self.projection(x[is_text])
         return projected.new_zeros(shape).index_put((is_text,), projected)
 
@@ -131,16 +111,77 @@ def _attention_of(model: PreTrainedModel, layer: int) -> nn.Module:
 
 @contextmanager
 def _projections_skipped(model: PreTrainedModel, lending: Lending) -> Iterator[None]:
-    modules = [_attention_of(model, layer) for layer in lending.plan.lazy]
-    for module in modules:
+    modules = {layer: _attention_of(model, layer) for layer in lending.plan.lazy}
+    for layer, module in modules.items():
         for name in _PROJECTIONS:
-            setattr(module, name, _Projection(getattr(module, name), lending))
+            setattr(module, name, _Projection(getattr(module, name), lending, layer))
     try:
         yield
     finally:
-        for module in modules:
+        for module in modules.values():
             for name in _PROJECTIONS:
                 setattr(module, name, getattr(module, name).projection)
+
+
+class Borrowing:
+    """What a model does differently while its lazy layers borrow.
+
+    Args:
+        model: a decoder-only transformers model.
+        plan: which layers are lazy.
+        skip_projections: see `share`.
+
+    Raises:
+        ValueError: see `share`.
+    """
+
+    def __init__(self, model: PreTrainedModel, plan: LazyPlan, *, skip_projections: bool = False) -> None:
+        plan.check(layer_kinds(model))
+        self.model, self.plan, self.skip_projections = model, plan, skip_projections
+        for layer in plan.lazy if skip_projections else ():
+            _attention_of(model, layer)  # says now what would fail later
+        self._lending = Lending(plan)
+
+    def open(self, stack: ExitStack) -> None:
+        """Puts hooks on this one instance, which the stack takes off again."""
+        if self.skip_projections:
+            stack.enter_context(_projections_skipped(self.model, self._lending))
+        decoder = self.model.get_decoder()
+        hooks = [
+            self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            decoder.register_forward_pre_hook(self._lend, with_kwargs=True),
+            decoder.register_forward_hook(self._check_lent),
+        ]
+        for hook in hooks:
+            stack.callback(hook.remove)
+        stack.callback(self._lending.begin, None)
+
+    def _begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if model.training and getattr(model, "is_gradient_checkpointing", False):
+            raise RuntimeError("gradient checkpointing runs layers anew, out of the order lazy layers borrow in")
+        if self.plan.mode == "global":
+            self._lending.begin(None)
+            return
+        cache = kwargs.get("past_key_values")
+        ids = args[0] if args else kwargs.get("input_ids")
+        new = modalities(model.config, ids, kwargs.get("mm_token_type_ids"))
+        if new is None:
+            raise ValueError(
+                "visual mode has to know the vision tokens: pass input_ids, or mm_token_type_ids beside inputs_embeds"
+            )
+        vision = cache.vision if isinstance(cache, VisionCache) else Vision()
+        vision.extend(new > 0)
+        self._lending.begin(vision.seen)
+
+    def _lend(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "mmkv_lending": self._lending}
+
+    def _check_lent(self, decoder: Any, args: tuple[Any, ...], output: Any) -> None:
+        if self._lending.lent != len(self.plan.lazy):
+            raise RuntimeError(
+                f"{self._lending.lent} of {len(self.plan.lazy)} lazy layers borrowed attention: "
+                f"{type(self.model).__name__} does not hand its arguments down to its attention layers"
+            )
 
 
 def share(model: PreTrainedModel, plan: LazyPlan, *, skip_projections: bool = False) -> LazySession:
@@ -175,27 +216,14 @@ class LazySession(Opened):
     """
 
     def __init__(self, model: PreTrainedModel, plan: LazyPlan, *, skip_projections: bool = False) -> None:
-        plan.check(layer_kinds(model))
         self.model, self.plan, self.skip_projections = model, plan, skip_projections
-        for layer in plan.lazy if skip_projections else ():
-            _attention_of(model, layer)  # says now what would fail later
         self.last: LazyCache | None = None
-        self._lending = Lending(plan)
+        self._borrowing = Borrowing(model, plan, skip_projections=skip_projections)
 
     def _enter(self, stack: ExitStack) -> None:
-        if self.skip_projections:
-            stack.enter_context(_projections_skipped(self.model, self._lending))
+        self._borrowing.open(stack)
         generate = self.model.generate
         stack.enter_context(attributes_set(self.model, generate=lambda *a, **k: self._generate(generate, *a, **k)))
-        decoder = self.model.get_decoder()
-        hooks = [
-            self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            decoder.register_forward_pre_hook(self._lend, with_kwargs=True),
-            decoder.register_forward_hook(self._check_lent),
-        ]
-        for hook in hooks:
-            stack.callback(hook.remove)
-        stack.callback(self._lending.begin, None)
 
     def cache(self) -> LazyCache:
         """An empty cache for a hand-written forward loop."""
@@ -204,34 +232,10 @@ class LazySession(Opened):
 
     def _generate(self, generate: Any, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
         if past_key_values is not None and not isinstance(past_key_values, LazyCache):
-            raise ValueError(f"a lazy session continues a LazyCache, not a {type(past_key_values).__name__}")
+            raise ValueError(
+                f"a lazy session continues a LazyCache, not a {type(past_key_values).__name__}; to evict as well, name "
+                "the plan in compress(model, 'lazy(plan.json) | ...')"
+            )
         if kwargs.get("use_cache") is False:
             return generate(*args, **kwargs)
         return generate(*args, past_key_values=past_key_values or self.cache(), **kwargs)
-
-    def _begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if model.training and getattr(model, "is_gradient_checkpointing", False):
-            raise RuntimeError("gradient checkpointing runs layers anew, out of the order lazy layers borrow in")
-        if self.plan.mode == "global":
-            self._lending.begin(None)
-            return
-        cache = kwargs.get("past_key_values")
-        ids = args[0] if args else kwargs.get("input_ids")
-        new = modalities(model.config, ids, kwargs.get("mm_token_type_ids"))
-        if new is None:
-            raise ValueError(
-                "visual mode has to know the vision tokens: pass input_ids, or mm_token_type_ids beside inputs_embeds"
-            )
-        vision = Vision() if not isinstance(cache, LazyCache) else cache.vision
-        vision.extend(new > 0)
-        self._lending.begin(vision.seen)
-
-    def _lend(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "mmkv_lending": self._lending}
-
-    def _check_lent(self, decoder: Any, args: tuple[Any, ...], output: Any) -> None:
-        if self._lending.lent != len(self.plan.lazy):
-            raise RuntimeError(
-                f"{self._lending.lent} of {len(self.plan.lazy)} lazy layers borrowed attention: "
-                f"{type(self.model).__name__} does not hand its arguments down to its attention layers"
-            )

@@ -7,22 +7,10 @@ from typing import Any
 import torch
 from mmkv_layershare import LazyPlan
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin
 
 from ._compat import template_layers, text_config
-
-
-class Vision:
-    """Which tokens of a conversation are vision tokens: `seen` [B, S] bool, those of the pass under way included."""
-
-    def __init__(self) -> None:
-        self.seen: Tensor | None = None
-
-    def extend(self, new: Tensor) -> None:
-        self.seen = new if self.seen is None else torch.cat([self.seen, new], dim=1)
-
-    def rows(self, index: Tensor) -> None:
-        self.seen = None if self.seen is None else self.seen[index.to(self.seen.device)]
+from .vision import Vision, VisionCache
 
 
 class LazyLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -114,7 +102,7 @@ def spread(packed: Tensor, is_text: Tensor) -> Tensor:
     return packed.gather(2, index)
 
 
-class LazyCache(Cache):  # type: ignore[misc]
+class LazyCache(VisionCache):
     """A `past_key_values` that stores for lazy layers only what they cannot borrow. Works inside `share` alone.
 
     Args:
@@ -128,40 +116,6 @@ class LazyCache(Cache):  # type: ignore[misc]
         for layer in plan.lazy:
             layers[layer] = LazyLayer(self.vision if plan.mode == "visual" else None)
         super().__init__(layers=layers)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the latest tokens.
-
-        Raises:
-            ValueError: one of them is a vision token.
-        """
-        count, seen = abs(int(tokens_to_remove)), self.vision.seen
-        if count and seen is not None:
-            if bool(seen[:, -count:].any()):
-                raise ValueError(f"cannot remove {count} tokens: there are vision tokens among them")
-            self.vision.seen = seen[:, :-count]
-        super().crop(tokens_to_remove)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the given batch rows."""
-        self.vision.rows(indices)
-        super().batch_select_indices(indices)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beam search."""
-        self.vision.rows(beam_idx)
-        super().reorder_cache(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every batch row."""
-        if self.vision.seen is not None:
-            self.vision.seen = self.vision.seen.repeat_interleave(repeats, dim=0)
-        super().batch_repeat_interleave(repeats)
-
-    def reset(self) -> None:
-        """Forgets everything."""
-        self.vision.seen = None
-        super().reset()
 
     def tensors(self) -> list[Tensor]:
         """Every tensor of the layers."""

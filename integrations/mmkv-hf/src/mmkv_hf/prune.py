@@ -126,7 +126,7 @@ class PruneSession(Opened):
         self.held = {}
         if bool((kinds > 0).any()):
             if isinstance(cache, CompressedCache):
-                cache.request.pruned = True
+                cache.request.uneven = True
             grids = known_grids(model.config, kinds, kwargs)
             self._reading = _Reading(self.plan, Prompt.of(kinds > 0, valid=valid, shapes=_shapes(grids)))
 
@@ -142,7 +142,10 @@ class PruneSession(Opened):
     ) -> tuple[Tensor, dict[str, Any]]:
         """What layer `index` is given instead."""
         reading = self._reading
+        lending = kwargs.get("mmkv_lending")
         if reading is None:
+            if lending is not None and index in self.held:
+                lending.held[index] = self.held[index]
             return hidden, _later(self.held[index], index, kwargs) if index in self.held else kwargs
         if index == 0 and self.plan.evidence is not None and self.plan.evidence.embeddings:
             reading.embeddings = hidden
@@ -155,6 +158,8 @@ class PruneSession(Opened):
             kwargs = reading.gathered(full, hidden)
         if index >= self.plan.layers[0]:
             self.held[index] = reading.held
+            if lending is not None:
+                lending.held[index] = reading.held
             cached = _compressed(kwargs, index)
             if cached is not None:
                 cached.hold(*reading.held)

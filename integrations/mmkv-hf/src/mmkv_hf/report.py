@@ -88,6 +88,7 @@ class Report:
 
 def make_report(
     cache: CompressedCache,
+    stages: str,
     modality: Tensor | None,
     valid: Tensor | None = None,
     grids: list[list[Grid]] | None = None,
@@ -96,6 +97,7 @@ def make_report(
 
     Args:
         cache: after its prompt has been read.
+        stages: text form of what happened to it.
         modality: [P, N] int8 of the prompt, or None when it is not known.
         valid: [P, N] bool, False: padding, which a layer that evicted nothing still holds; None when there is none.
         grids: [P] of every image of a prompt, see `Report.vision_grids`.
@@ -113,7 +115,7 @@ def make_report(
     vision = [(row > 0).nonzero()[:, 0] for row in modality] if modality is not None else []
     own = [m for m, layer in zip(masks, layers, strict=True) if not isinstance(layer, CrossLayer)]
     return Report(
-        pipeline=str(cache.pipeline),
+        pipeline=stages,
         budget=str(cache.request.budget),
         prompt=prompt,
         layers=[_layer(x, m, modality) for x, m in zip(layers, masks, strict=True)],

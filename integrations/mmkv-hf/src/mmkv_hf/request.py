@@ -21,7 +21,7 @@ class Request:
         padding: [B, n] bool, the queries of the forward pass under way that are padding, for layers whose own mask is
             about images; None where there are none.
         last_layer: index in the model of the last layer that is compressed.
-        pruned: whether deeper layers are given less than the first one, so that no two need to hold as much.
+        uneven: whether layers hold different things by design: some are given fewer tokens, or store no keys.
         pending: the layer whose keys were handed out and have not reached mmkv's attention function yet.
         failed: why this cache cannot be used any more.
     """
@@ -32,7 +32,7 @@ class Request:
     seen: int = 0
     padding: Tensor | None = None
     last_layer: int = 0
-    pruned: bool = False
+    uneven: bool = False
     pending: int | None = None
     failed: str | None = None
 
@@ -72,6 +72,8 @@ class Group:
         pipeline: the request's method; without protected entries for cross-attention.
         num_layers: how many layers this group has.
         all_layers: how many layers all groups have, for budgets in bytes.
+        followers: how many lazy layers keep what those of this group keep, for budgets in bytes.
+        is_visual: whether these store keys of their own for text; counted as if all tokens were text.
         modality: [B, prompt_end] int8 while a prompt is read, else None.
         protect: [B, prompt_end] bool, tokens that must stay, while a prompt is read.
         round: the compression under way.
@@ -82,21 +84,23 @@ class Group:
     pipeline: Pipeline
     num_layers: int
     all_layers: int
+    followers: int = 0
+    is_visual: bool = False
     modality: Tensor | None = None
     protect: Tensor | None = None
     round: Round | None = None
     uniform: bool | None = None
     _finished: int = field(default=0)
 
-    def begin(self, lengths: Tensor, bytes_per_layer: int) -> Round:
+    def begin(self, lengths: Tensor, pair: int) -> Round:
         """The compression under way, started by the first layer that asks.
 
         Args:
             lengths: [B] int64, real tokens of each prompt.
-            bytes_per_layer: bytes of one KV pair in all heads of a layer.
+            pair: bytes of one KV pair in all heads of all layers.
         """
         if self.round is None:
-            pair, budget = bytes_per_layer * self.all_layers, self.request.budget
+            budget = self.request.budget
             tokens = budget.per_head(lengths, pair)
             known = None if budget.bytes is None else pair
             self.round = self.pipeline.start(tokens, self.num_layers, lengths, bytes_per_token=known)

@@ -7,14 +7,16 @@ from contextlib import ExitStack
 from typing import Any, Self
 
 import torch.nn.functional as F
-from mmkv_pipelines import Budget, Pipeline
+from mmkv_pipelines import Budget, Pipeline, Stages
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ._compat import CHUNKS_LATER_TURNS, attributes_set, modalities, text_config
 from .cache import CompressedCache, checked_budget, make_layers
+from .lazy import Borrowing
 from .opened import Opened
 from .plot import Grid, known_grids
+from .prune import PruneSession
 from .report import Report, make_report
 from .request import Request
 
@@ -30,7 +32,7 @@ _REFUSED = {
 
 def compress(
     model: PreTrainedModel,
-    pipeline: str | Pipeline,
+    pipeline: str | Pipeline | Stages,
     budget: int | float | Budget,
     *,
     protect: Tensor | None = None,
@@ -44,7 +46,8 @@ def compress(
 
     Args:
         model: any decoder-only transformers model, text or vision-language.
-        pipeline: a `Pipeline` or its text form.
+        pipeline: a `Pipeline`, or `Stages` of which one evicts; or the text form of either, such as
+            "adsc(layers=[4,20],stride=3) | lazy(plan.json) | adakv+bacon".
         budget: KV pairs kept per KV head, protected ones included: an int is tokens, a float in (0, 1] the share of the
             prompt, or a `Budget`. Larger than the prompt: nothing is evicted.
         protect: [B, prompt] bool, tokens that must stay.
@@ -62,7 +65,8 @@ class Session(Opened):
 
     Attributes:
         model: the model.
-        pipeline: the method.
+        stages: what happens to a prompt.
+        pipeline: the stage that evicts.
         budget: the budget.
         last: the cache of the latest prompt, kept for `report` until the session is dropped.
     """
@@ -70,13 +74,14 @@ class Session(Opened):
     def __init__(
         self,
         model: PreTrainedModel,
-        pipeline: str | Pipeline,
+        pipeline: str | Pipeline | Stages,
         budget: int | float | Budget,
         *,
         protect: Tensor | None = None,
     ) -> None:
         self.model = model
-        self.pipeline = Pipeline.parse(pipeline)
+        self.stages = Stages.parse(pipeline)
+        self.pipeline = evicting(self.stages)
         self.budget = checked_budget(self.pipeline, budget)
         self.protect = protect
         self.last: CompressedCache | None = None
@@ -84,7 +89,11 @@ class Session(Opened):
         self._valid: Tensor | None = None  # [B, N] bool of the latest prompt
         self._grids: list[list[Grid]] | None = None  # of its images
         self._stock_generate: Callable[..., Any]
-        make_layers(text_config(model), Request(self.pipeline, self.budget))  # says now what would fail later
+        plan, method = self.stages.share, self.stages.prune
+        # What would fail later is said now.
+        make_layers(text_config(model), Request(self.pipeline, self.budget), plan=plan)
+        self._borrowing = None if plan is None else Borrowing(model, plan)
+        self._pruning = None if method is None else PruneSession(model, method)
         if not model.can_generate():
             raise ValueError(f"{type(model).__name__} cannot generate; give the model with its language model head")
 
@@ -99,6 +108,10 @@ class Session(Opened):
         ours = {"generate": self._generate, "generate_batch": self._generate_batch}
         stack.enter_context(attributes_set(self.model, **ours))
         stack.callback(delattr, self, "_stock_generate")
+        if self._borrowing is not None:
+            self._borrowing.open(stack)
+        if self._pruning is not None:
+            stack.enter_context(self._pruning)
 
     def cache(
         self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **inputs: Any
@@ -126,6 +139,7 @@ class Session(Opened):
             prompt_length=prompt.shape[1],
             modality=self._protected_modality,
             protect=self.protect,
+            plan=self.stages.share,
         )
         return self.last
 
@@ -137,7 +151,7 @@ class Session(Opened):
         """
         if self.last is None or self.last.get_seq_length() == 0:
             raise RuntimeError("nothing to report yet: generate something inside the session first")
-        return make_report(self.last, self._modality, self._valid, self._grids)
+        return make_report(self.last, str(self.stages), self._modality, self._valid, self._grids)
 
     def _generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         settings = vars(generation_config or self.model.generation_config) | kwargs
@@ -199,6 +213,17 @@ class Session(Opened):
             raise RuntimeError(
                 f"the attention of layers {waiting} never went through mmkv; this model cannot be compressed"
             )
+
+
+def evicting(stages: Stages) -> Pipeline:
+    """The stage that evicts.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if stages.evict is None:
+        raise ValueError(f"nothing in {str(stages)!r} evicts: add a stage, as in '... | adakv', or use prune or share")
+    return stages.evict
 
 
 def _check_later_turn(settings: dict[str, Any]) -> None:
