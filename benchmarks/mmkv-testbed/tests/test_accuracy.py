@@ -18,7 +18,7 @@ def cells(name):
 def test_every_task_was_measured(name):
     measured = {(cell["task"], cell["arrangement"], cell["suffix"]) for cell in cells(name)}
     assert measured == {(t, a, s) for t in Task for a in Arrangement for s in accuracy.SUFFIXES}
-    assert all(cell["pages"] >= 256 for cell in cells(name))
+    assert all(cell["pages"] >= 128 for cell in cells(name))
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ SMALL = "small-seed0"
 
 @lru_cache(maxsize=1)
 def loaded():
-    return worlds.load(worlds.find(SMALL))
+    folder = worlds.find(SMALL)
+    return worlds.load(folder, folder / worlds.TABLE)
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ MADE = {
     "weights": {"one": "a" * 64},
     "code": "b" * 64,
 }
-WEAK = Setting("one", task="row")
+WEAK = Setting("one", task="list")
 
 
 def chance(cell):
@@ -134,7 +134,7 @@ def test_the_best_of_each_budget_is_bold(bench, page):
 
 def test_a_setting_in_which_the_full_cache_fails_compares_nothing(bench, page):
     assert not bench.compares(WEAK)
-    assert re.search(r"\| `one/row/horizontal/suffix8/normal/after` \|.*\| no, below 95 \|", page)
+    assert re.search(r"\| `one/list/horizontal/suffix8/normal/after` \|.*\| no, below 95 \|", page)
     assert re.search(r"\| `one/pair/horizontal/suffix8/normal/after` \|.*\| yes \|", page)
 
 
@@ -144,7 +144,7 @@ def test_the_mean_gain_by_hand(bench, metric):
         cell = Cell(Setting(model, task, world), Method(share=share, wraps=wraps), 16)
         return float(getattr(bench.results[cell.key].honest, metric).mean())
 
-    tasks = {"one": ["value", "describe", "pair", "locate", "images", "video"], "two": ["value"]}  # row is too weak
+    tasks = {"one": ["value", "describe", "pair", "locate", "images", "video"], "two": ["value"]}  # list is too weak
     gains = []
     for model, share in [(m, s) for m in ("one", "two") for s in ("uniform", "pyramidkv", "adakv")]:
         where = [(task, world) for task in tasks[model] for world in ("horizontal", "vertical")]

@@ -66,6 +66,23 @@ def test_a_processor_of_another_model(tmp_path, copied):
     assert "the processor does not belong to the model" in error
 
 
+def test_weights_are_told_apart_by_what_answers(copied):
+    digest = worlds.weights_digest(copied)
+    for name in ("training.json", "accuracy.json", worlds.TABLE):
+        (copied / name).write_text("{}")
+    assert worlds.weights_digest(copied) == digest
+    (copied / "generation_config.json").write_text("{}")
+    assert worlds.weights_digest(copied) != digest
+
+
+def test_a_quick_run_has_a_model_of_its_own(tmp_path):
+    for name, quick in ((SMALL, ("--quick",)), ("base-seed0", ())):
+        result = invoke("run", "--dry-run", *quick, "--samples", 2, "--out", tmp_path, "--pipelines", "snapkv")
+        assert result.exit_code == 0
+        assert name in result.stdout
+        assert (SMALL in result.stdout) == bool(quick)
+
+
 def test_unknown_tasks_and_pipelines(tmp_path):
     assert "did you mean 'describe'?" in said(invoke("run", "--out", tmp_path, "--tasks", "descibe"))
     assert "did you mean 'adakv+bacon'?" in said(invoke("run", "--out", tmp_path, "--pipelines", "adakv+beacon"))
@@ -128,7 +145,8 @@ def test_a_killed_run_goes_on_and_loses_no_finished_cell(tmp_path, checkpoint):
     subprocess.run(command(tmp_path), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
     assert file.read_text().startswith(finished)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    cells = [c for c in make_plan([SMALL], {}, quick=True).cells if c.setting == SETTING]
+    plan = make_plan([SMALL], {SMALL: checkpoint.table}, quick=True)
+    cells = [c for c in plan.cells if c.setting == SETTING]
     assert finished.count("\n") < len(cells)
     assert sorted(line["cell"] for line in lines) == sorted(cell.key for cell in cells)
     again = {block.cell: block for block in measure(checkpoint, make_block(SETTING, SEED, 0, COUNT), cells)}

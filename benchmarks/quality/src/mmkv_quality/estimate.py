@@ -21,7 +21,7 @@ from .worlds import load, make_block
 _PROBED: Final = Setting("probe")
 _PROBED_WORDS: Final = 5
 """Of its answers, the end included."""
-_LONG: Final = {"describe": 8, "pair": 9, "row": 25}
+_LONG: Final = {"describe": 8, "pair": 9, "list": 15}
 """Words of the answers of other tasks, where they are not as many."""
 
 

@@ -21,7 +21,7 @@ CONTROLS: Final = ("random", "streamingllm")
 
 WORLDS: Final = ("horizontal", "vertical")
 """Contiguous and scattered evidence: different methods win in each, so both are measured."""
-TASKS: Final = ("value", "describe", "pair", "locate", "row", "images", "video")
+TASKS: Final = ("value", "describe", "pair", "locate", "list", "images", "video")
 ARRANGEMENTS: Final = ("horizontal", "vertical", "strided")
 SUFFIXES: Final = (0, 8, 24)
 INKS: Final = ("sparse", "normal", "dense")

@@ -28,7 +28,7 @@ LIMITS = """\
   than in a large model, heads differ less by themselves, and layers have jobs of their own.
 * The rest of a page is noise by construction. Real documents repeat themselves, so diversity has more to win there.
 * Prompts are short. Costs that grow with the prompt, and windows that are a tiny share of it, are not seen.
-* Answers are copied, not reasoned: nothing here needs the whole page at once except the task `row`."""
+* Answers are copied, not reasoned: nothing here needs the whole page at once."""
 
 
 def render(bench: Benchmark) -> str:

@@ -32,6 +32,8 @@ class Seen:
         mask: bool `[B, 1, N, N]` as the attention function got it, or None for causal.
         scaling: Of the logits.
         softcap: Of the logits, or None.
+        sums: What each key got of all queries' attention, and from how many, as the product's layers add it up. It
+            costs ten times as much as any score, and is the same for all that need it.
     """
 
     keys: Tensor
@@ -40,6 +42,7 @@ class Seen:
     mask: Tensor | None
     scaling: float
     softcap: float | None
+    sums: tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +71,25 @@ class _Recorder(CompressedLayer):
         if reader != self.layer_idx or self.call is not None:
             raise ValueError("only models whose layers read their own keys, once, can be replayed")
         self.call = (query, mask, scaling, softcap)
+        self._observe_columns(query, self.seen, mask, scaling, softcap)
 
     def recorded(self) -> Seen:
-        if self.call is None:
+        if self.call is None or self._sums is None:
             raise ValueError(f"the attention of layer {self.layer_idx} did not reach mmkv's attention function")
         query, mask, scaling, softcap = self.call
-        return Seen(self.keys, self.values, query, mask, scaling, softcap)
+        return Seen(self.keys, self.values, query, mask, scaling, softcap, self._sums)
+
+
+class _Replayed(CompressedLayer):
+    """A compressed layer that is told the column sums instead of adding them up again."""
+
+    sums: tuple[Tensor, Tensor]
+
+    def _observe_columns(
+        self, query: Tensor, seen: int, mask: Tensor | None, scaling: float, softcap: float | None
+    ) -> None:
+        if "column_sums" in self.group.pipeline.score.needs:
+            self._sums = self.sums
 
 
 @contextmanager
@@ -99,7 +115,7 @@ def record(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Recording:
         ValueError: The model has other cache layers, which would need more than replaying calls.
     """
     length = inputs["input_ids"].shape[1]
-    cache = CompressedCache(model, Pipeline(), _UNLIMITED, prompt_length=length)
+    cache = CompressedCache(model, Pipeline.parse("h2o"), _UNLIMITED, prompt_length=length)
     if any(type(layer) is not CompressedLayer for layer in cache.layers):
         raise ValueError(f"{type(model).__name__} has cache layers without full self-attention; it cannot be replayed")
     recorders = [_Recorder(x.group, x.ordinal, x.layer_idx, x.last_reader) for x in cache.layers]
@@ -126,7 +142,10 @@ def replay(
     parsed = Pipeline.parse(pipeline)
     modality = recording.modality if parsed.select.protect else None
     cache = CompressedCache(model, parsed, budget, prompt_length=recording.length, modality=modality)
-    for layer, seen in zip(cache.compressed_layers, recording.layers, strict=True):
+    layers = [_Replayed(x.group, x.ordinal, x.layer_idx, x.last_reader) for x in cache.compressed_layers]
+    cache.layers = list(layers)
+    for layer, seen in zip(layers, recording.layers, strict=True):
+        layer.sums = seen.sums
         layer.update(seen.keys, seen.values)
         cache.request.pending = None  # what the attention function says when the keys have reached it
         layer.observe(layer.layer_idx, seen.query, seen.mask, seen.scaling, seen.softcap)

@@ -66,7 +66,7 @@ def weights_digest(folder: Path) -> str:
     """SHA-256 over the weights and the configuration."""
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
-        if path.name not in ("training.json", "accuracy.json"):
+        if path.name not in ("training.json", "accuracy.json", TABLE):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
