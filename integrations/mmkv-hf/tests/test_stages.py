@@ -338,25 +338,27 @@ def test_a_second_turn_with_lazy_layers(kit, budget, mode):
 
 
 @MODES
-def test_bytes_of_a_block(kit, mode):
+@pytest.mark.parametrize("budget", [30, 4096])
+def test_bytes_of_a_block(kit, mode, budget):
     """Lazy layers hold values, and keys of kept text in visual mode; slots and sums come on top."""
     tiny = kit.vlm("llava")
     stages = stages_of(tiny.model, mode, "snapkv(window=8)", blocks=((0, 3),))
-    with compress(tiny.model, stages, 30) as session:
+    with compress(tiny.model, stages, budget) as session:
         kit.decode(tiny.model, tiny.inputs, 1)
     cache, text = session.last, tiny.text_config
     heads, width = text.num_key_value_heads, text.hidden_size // text.num_attention_heads
     vision = tiny.inputs["input_ids"][0] == tiny.model.config.image_token_id
     kept_vision = int((cache.kept_masks()[0][0] & vision).sum())
-    entries, lazy = 30 * heads, 3
+    entries, lazy = min(budget, len(vision)) * heads, 3
     keys = entries + (lazy * (entries - kept_vision) if mode == "visual" else 0)
     wanted = 4 * width * (keys + (1 + lazy) * entries)
-    held = sum(x.keys.nbytes + x.values.nbytes + x.prefix.keys.nbytes + x.prefix.values.nbytes for x in cache.layers)
+    prefixes = [x.prefix for x in cache.layers if x.prefix is not None]
+    held = sum(x.keys.nbytes + x.values.nbytes for x in [*cache.layers, *prefixes])
     held += sum(x._text.keys.nbytes for x in cache.layers[1:] if mode == "visual")
     assert held == wanted
     slots = 8 * (heads + 1) + 4 * entries
     text_slots = 8 * (heads + 1) + 4 * (entries - kept_vision) if mode == "visual" else 0
-    vision_flags = vision.numel() if mode == "visual" else 0
+    vision_flags = len(vision) if mode == "visual" else 0
     assert cache.bytes_held <= wanted + 4 * slots + lazy * text_slots + vision_flags
 
 

@@ -40,7 +40,7 @@ class FollowerLayer(CompressedLayer):
         self._width = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Appends the values, and in visual mode the keys, of which those of vision tokens go when the anchor evicts.
+        """Appends the values, and in visual mode the keys, of which those of vision tokens go once a prompt is read.
 
         Raises:
             RuntimeError: see `CompressedLayer.update`.

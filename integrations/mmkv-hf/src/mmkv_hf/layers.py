@@ -226,7 +226,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
             visible = None if mask is None else mask[:, :, :count, :seen]
             positions = self._dense_slots()[:, -query.shape[-2] :][:, :count]
             self._observe_window(query[:, :, :count], positions, visible)
-            self._observe_columns(query[:, :, :count], positions, seen, visible, scaling, softcap)
+            self._observe_columns(query[:, :, :count], positions, visible, scaling, softcap)
         if reader == self.last_reader and self.seen >= end:
             last = None if mask is None else mask[:, 0, mask.shape[2] - 1 - (self.seen - end), :end]
             self._compress(last, scaling, softcap)
@@ -299,17 +299,11 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         self._rows = rows if self._rows is None else self._rows.then(rows, size)
 
     def _observe_columns(
-        self,
-        query: Tensor,
-        positions: Tensor,
-        seen: int,
-        mask: Tensor | None,
-        scaling: float,
-        softcap: float | None,
+        self, query: Tensor, positions: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
     ) -> None:
         if "column_sums" not in self.group.pipeline.score.needs:
             return
-        keys, _, slots = self._prompt_entries(seen)
+        keys, _, slots = self._prompt_entries(min(self.seen, self.group.request.prompt_end))
         rows = WindowRows.of(query, positions, mask, query.shape[-2])
         sums, counts = column_sums(query, keys, scaling=scaling, mask=self._sees(rows, slots), softcap=softcap)
         if self._sums is not None:
@@ -395,7 +389,10 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
             layer=self.ordinal,
             num_layers=self.group.num_layers,
         )
-        return round_.decide(observation, self._protect(slots))
+        kept = round_.decide(observation, self._protect(slots))
+        if kept is None and self.followers and self.group.is_visual:
+            return Kept.from_mask(valid.expand(keys.shape[:3]))  # no entry goes, but lazy layers' keys of vision tokens
+        return kept
 
     def _modality(self, slots: Tensor) -> Tensor | None:
         known = self.group.modality
