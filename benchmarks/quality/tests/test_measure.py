@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mmkv_hf import CompressedCache, compress, set_attention
+from mmkv_hf import CompressedCache, Pipeline, Stages, compress, set_attention, share
+from mmkv_layershare import LazyPlan
 from mmkv_quality.cells import Cell, Method, Setting
 from mmkv_quality.measure import Block, measure
 from mmkv_quality.replay import observed
+from mmkv_quality.stages import LAZY, PRUNERS
 from mmkv_quality.worlds import encode, image_part, make_block
 from mmkv_testbed import batch_inputs
 
@@ -137,3 +139,40 @@ def test_a_block_survives_json(checkpoint):
     for setting in (AFTER, BEFORE):
         (block,) = measure(checkpoint, samples(setting, 2), [Cell(setting, METHODS[0], 32)])
         assert Block.of_json(block.to_json()).to_json() == block.to_json()
+
+
+@pytest.mark.parametrize("method", [Method("", stages=("fastv",)), Method(stages=("pyramiddrop",))])
+def test_dropped_tokens(checkpoint, method):
+    """The same by the product's own session."""
+    asked = samples(AFTER)
+    (block,) = measure(checkpoint, asked, [Cell(AFTER, method, 32 if method.score else 0)])
+    inputs = batch_inputs(checkpoint.processor, asked)
+    length, model = inputs["input_ids"].shape[1], checkpoint.model
+    before = Stages(PRUNERS[method.stages[0]](len(model.model.language_model.layers)))
+    stages = replace(before, evict=Pipeline.parse("snapkv(window=8)"))
+    with compress(model, stages, budget=32 if method.score else 10_000) as session, torch.no_grad():
+        usual = model.generate(**inputs, max_new_tokens=5, do_sample=False)[:, length:]
+        held = session.last.bytes_held
+    assert block.usual.right.tolist() == words(checkpoint, usual, asked)
+    assert held <= block.held + 6 * 2 * 4 * 32 * 4 * 4 * 8  # the session's cache has four more tokens
+    (full,) = measure(checkpoint, asked, [Cell(AFTER)])
+    assert block.held < full.held
+
+
+@pytest.mark.parametrize("name", ["vla", "gla"])
+def test_borrowed_attention(checkpoint, name, tmp_path):
+    LazyPlan(4, ((2, 3),)).save(tmp_path / "plan.json")
+    with_plan = replace(checkpoint, plan=tmp_path / "plan.json")
+    asked = samples(AFTER)
+    blocks = list(measure(with_plan, asked, [Cell(AFTER), Cell(AFTER, Method("", stages=(name,)))]))
+    inputs = batch_inputs(checkpoint.processor, asked)
+    length, model = inputs["input_ids"].shape[1], checkpoint.model
+    with share(model, LazyPlan(4, ((2, 3),), LAZY[name])), torch.no_grad():
+        usual = model.generate(**inputs, max_new_tokens=5, do_sample=False)[:, length:]
+    assert blocks[1].usual.right.tolist() == words(checkpoint, usual, asked)
+    assert 0.8 < blocks[1].held / blocks[0].held < 0.95
+
+
+def test_a_missing_plan_is_named(checkpoint):
+    with pytest.raises(ValueError, match=r"cell .*vla.*: vla needs a plan of lazy layers"):
+        list(measure(replace(checkpoint, plan=None), samples(AFTER), [Cell(AFTER, Method("", stages=("vla",)))]))

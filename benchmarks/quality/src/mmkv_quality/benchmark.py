@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -86,8 +86,17 @@ def difference(bench: Benchmark, cell: Cell, base: Cell) -> Estimate | None:
 
 
 def base_of(cell: Cell) -> Cell | None:
-    """What a cell is compared with: the same without wraps, and without wraps the same with a uniform budget."""
+    """What a cell is compared with: the same without wraps, and without wraps the same with a uniform budget.
+
+    With stages it is the same without them; the full cache where nothing is evicted.
+    """
     method = cell.method
+    if method is not None and method.stages:
+        return (
+            Cell(cell.setting, replace(method, stages=()), cell.budget, cell.window)
+            if method.score
+            else Cell(cell.setting)
+        )
     if method is None or (not method.wraps and method.share == "uniform"):
         return None
     base = method.base if method.wraps else Method(method.score)

@@ -55,21 +55,27 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A score, how its budget is shared, and what is wrapped around it.
+    """A score, how its budget is shared, what is wrapped around it, and what happens before anything is evicted.
 
     Attributes:
-        score: A base score.
+        score: A base score; "" if nothing is evicted.
         share: "uniform", "pyramidkv", "adakv" or "sparsemm".
         wraps: From the outside in, with their settings, e.g. `("mixkv", "bacon(depth=2)")`.
+        stages: Names of `stages`: what is dropped or shared while the prompt is read.
     """
 
     score: str = "snapkv"
     share: str = "uniform"
     wraps: tuple[str, ...] = ()
+    stages: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        """As in the text form of a pipeline, without the window."""
+        """As in the text form of a pipeline, without the window; stages by their names."""
+        return " | ".join([*self.stages, *([self._evicting] if self.score else [])])
+
+    @property
+    def _evicting(self) -> str:
         parts = [*((self.share,) if self.share != "uniform" else ()), *self.wraps]
         return "+".join(parts if self.score == "snapkv" and parts else [*parts, self.score])
 

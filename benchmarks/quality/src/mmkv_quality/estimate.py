@@ -86,6 +86,7 @@ def estimate(plan: Plan, costs: Mapping[str, Cost], samples: int) -> dict[str, E
 
 def _seconds(cell: Cell, cost: Cost) -> float:
     method = Method() if cell.method is None else cell.method
-    name = Method(method.score, method.share, tuple(wrap.partition("(")[0] for wrap in method.wraps)).name
+    name = Method(method.score or "snapkv", method.share, tuple(wrap.partition("(")[0] for wrap in method.wraps)).name
     compress, word = (known.get(name, mean(known.values())) for known in (cost.compress, cost.word))
-    return Task(cell.setting.task).images * compress + _LONG.get(cell.setting.task, _PROBED_WORDS) * word
+    again = cost.prefill if method.stages else 0.0
+    return Task(cell.setting.task).images * (again + compress) + _LONG.get(cell.setting.task, _PROBED_WORDS) * word

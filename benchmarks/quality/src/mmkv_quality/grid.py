@@ -13,6 +13,7 @@ from mmkv_hf import Pipeline
 
 from .cells import Cell, Method, Setting
 from .rule import BUDGETS, PUBLISHED_WINDOW, WINDOW
+from .stages import LAZY, PRUNERS
 
 SCORES: Final = ("snapkv", "tova", "h2o", "streamingllm", "knorm", "vnorm", "keydiff", "random")
 SHARES: Final = ("uniform", "pyramidkv", "adakv", "sparsemm")
@@ -36,6 +37,12 @@ NAMED: Final = (
 FACTOR_BUDGETS: Final = BUDGETS[:-1]
 """Of everything but the main grid: at the mildest budget most methods answer as the full cache does."""
 QUICK_BUDGET: Final = BUDGETS[1]
+
+STAGED: Final = tuple((name,) for name in (*PRUNERS, *LAZY))
+"""Stages by themselves."""
+COMBINED: Final = (("fastv",), ("pyramiddrop",), ("uniformdrop",), ("vla",), ("gla",), ("pyramiddrop", "vla"))
+"""Stages with eviction behind them, and those that are combined without it."""
+BEHIND: Final = (Method(), Method(share="adakv", wraps=("bacon",)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +107,16 @@ def _cell_json(cell: Cell) -> dict[str, Any]:
     data: dict[str, Any] = {"setting": cell.setting.key, "budget": cell.budget, "window": cell.window}
     if cell.method is None:
         return data
-    parts = {"score": cell.method.score, "share": cell.method.share, "wraps": list(cell.method.wraps)}
-    return data | parts | {"pipeline": cell.method.text(cell.window, Path("head_scores.json"))}
+    method = cell.method
+    parts = {"score": method.score, "share": method.share, "wraps": list(method.wraps), "stages": list(method.stages)}
+    text = method.text(cell.window, Path("head_scores.json")) if method.score else ""
+    return data | parts | {"pipeline": text}
 
 
 def _cell_of_json(data: Mapping[str, Any]) -> Cell:
-    method = Method(data["score"], data["share"], tuple(data["wraps"])) if "score" in data else None
+    method = None
+    if "score" in data:
+        method = Method(data["score"], data["share"], tuple(data["wraps"]), tuple(data["stages"]))
     return Cell(Setting.of(data["setting"]), method, data["budget"], data["window"])
 
 
@@ -114,17 +125,20 @@ def all_methods() -> tuple[Method, ...]:
     return tuple(Method(*parts) for parts in product(SCORES, SHARES, WRAPS))
 
 
-def make_plan(models: Iterable[str], tables: Mapping[str, Path], *, quick: bool = False) -> Plan:
+def make_plan(
+    models: Iterable[str], tables: Mapping[str, Path], plans: Collection[str] = (), *, quick: bool = False
+) -> Plan:
     """The grid for these models.
 
     Args:
         models: Names; the first one is followed through the factors, all of them through the default settings.
         tables: Model -> visual-head scores for SparseMM; where it is missing those cells are left out.
+        plans: Models with a plan of lazy layers; where it is missing those cells are left out.
         quick: Every method at one budget in the default settings, nothing else.
     """
     models = tuple(models)
     wanted = (_quick if quick else _full)(models)
-    kept, left_out = zip(*(_checked(group, tables) for group in wanted), strict=True)
+    kept, left_out = zip(*(_checked(group, tables, plans) for group in wanted), strict=True)
     return Plan(kept, tuple(dict.fromkeys(reason for reasons in left_out for reason in reasons)))
 
 
@@ -164,7 +178,16 @@ def _check_known(what: str, given: Iterable[str], known: Collection[str]) -> Non
 def _quick(models: tuple[str, ...]) -> tuple[Group, ...]:
     settings = [Setting(model, arrangement=world) for model, world in product(models, WORLDS)]
     cells = _cells(settings, all_methods(), (QUICK_BUDGET,))
-    return (Group("main", f"every method at a budget of {QUICK_BUDGET}", cells),)
+    return (Group("main", f"every method at a budget of {QUICK_BUDGET}", cells), _stages(settings, (QUICK_BUDGET,)))
+
+
+def _stages(settings: Iterable[Setting], budgets: Iterable[int]) -> Group:
+    """Vision tokens dropped and attention shared, alone and with eviction behind it."""
+    settings = tuple(settings)
+    alone = dict.fromkeys((*STAGED, *COMBINED))
+    lone = _cells(settings, (Method("", stages=names) for names in alone), (0,))
+    behind = _cells(settings, (replace(m, stages=names) for names in COMBINED for m in BEHIND), budgets)
+    return Group("stages", "vision tokens dropped, attention shared", tuple(dict.fromkeys((*lone, *behind))))
 
 
 def _full(models: tuple[str, ...]) -> tuple[Group, ...]:
@@ -191,6 +214,7 @@ def _full(models: tuple[str, ...]) -> tuple[Group, ...]:
         Group("main", "every method at every budget", _cells(every, all_methods())),
         *(Group(name, title, _cells(its, NAMED, FACTOR_BUDGETS)) for title, (name, its) in varied.items()),
         Group("window", "one factor: the observation window", windows),
+        _stages(every, BUDGETS[1:3]),
         *(Group(name, title, _cells(main, its, FACTOR_BUDGETS)) for title, (name, its) in variants.items()),
     )
 
@@ -223,16 +247,22 @@ def _cells(
     )
 
 
-def _checked(group: Group, tables: Mapping[str, Path]) -> tuple[Group, tuple[LeftOut, ...]]:
-    reasons = {cell: tuple(_refusals(cell, tables.get(cell.setting.model))) for cell in group.cells}
+def _checked(group: Group, tables: Mapping[str, Path], plans: Collection[str]) -> tuple[Group, tuple[LeftOut, ...]]:
+    reasons = {
+        cell: tuple(_refusals(cell, tables.get(cell.setting.model), cell.setting.model in plans))
+        for cell in group.cells
+    }
     kept = tuple(cell for cell in dict.fromkeys(group.cells) if not reasons[cell])
     return replace(group, cells=kept), tuple(reason for found in reasons.values() for reason in found)
 
 
-def _refusals(cell: Cell, table: Path | None) -> Iterator[LeftOut]:
+def _refusals(cell: Cell, table: Path | None, has_plan: bool) -> Iterator[LeftOut]:
     """Why this cell cannot be measured: nothing, or one reason."""
     method = cell.method
-    if method is None:
+    if method is not None and not has_plan and any(name in LAZY for name in method.stages):
+        yield LeftOut(f"lazy layers on {cell.setting.model}", "there is no plan of lazy layers for this model")
+        return
+    if method is None or not method.score:
         return
     anywhere = replace(method, share="uniform")
     if why := _refusal(anywhere, cell.window, None):

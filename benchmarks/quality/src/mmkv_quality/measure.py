@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from mmkv_hf import CompressedCache
+from mmkv_hf import CompressedCache, Stages
 from mmkv_testbed import Sample
 from torch import Tensor
 
 from .cells import Cell
 from .outcomes import Outcomes, judge
-from .replay import Recording, answer, answer_after, observed, record, replay
+from .replay import Recording, answer, answer_after, first_logits, observed, record, replay
+from .stages import build, running
 from .worlds import Checkpoint, encode, image_part
 
 _EVERYTHING = 2**40
@@ -80,29 +82,64 @@ def read(checkpoint: Checkpoint, samples: Sequence[Sample], when: str) -> Prompt
 def run(prompt: Prompt, cell: Cell) -> Block:
     """One cell."""
     start = time.process_time()
-    cache = compressed(prompt, cell)
-    held, full = cache.bytes_held, cache.bytes_full
-    usual = _usual(prompt, cache) if prompt.is_whole else None
-    honest = answer(prompt.checkpoint.model, prompt.inputs, cache, prompt.wanted.shape[1])
+    with _staged(prompt, cell) as stages:
+        cache, first = compressed(prompt, cell) if stages is None else _read_again(prompt, cell, stages)
+        held, full = cache.bytes_held, cache.bytes_full
+        usual = _usual(prompt, cache, first) if prompt.is_whole else None
+        honest = answer(prompt.checkpoint.model, prompt.inputs, cache, prompt.wanted.shape[1])
     seconds = time.process_time() - start
     return Block(cell.key, judge(honest, prompt.wanted), usual, held, full, seconds)
 
 
-def compressed(prompt: Prompt, cell: Cell) -> CompressedCache:
-    """The cache the cell starts from.
+def compressed(prompt: Prompt, cell: Cell) -> tuple[CompressedCache, Tensor]:
+    """The cache the cell starts from, and the first token `[B]` of the dense prefill.
 
     Raises:
         ValueError: The pipeline cannot do it; the message names the cell.
     """
-    text = "snapkv" if cell.method is None else cell.method.text(cell.window, prompt.checkpoint.table)
+    with _named(cell):
+        cache = replay(prompt.checkpoint.model, prompt.recording, *_pipeline(prompt, cell))
+    return cache, prompt.recording.logits.argmax(-1)
+
+
+def _pipeline(prompt: Prompt, cell: Cell) -> tuple[str, int]:
+    method = cell.method
+    text = "snapkv" if method is None or not method.score else method.text(cell.window, prompt.checkpoint.table)
+    return text, cell.budget or _EVERYTHING
+
+
+@contextmanager
+def _staged(prompt: Prompt, cell: Cell) -> Iterator[Stages | None]:
+    """The model with the cell's stages, if it has any."""
+    if cell.method is None or not cell.method.stages:
+        yield None
+        return
+    checkpoint = prompt.checkpoint
+    layers = checkpoint.model.config.get_text_config(decoder=True).num_hidden_layers
+    with _named(cell):
+        stages = build(cell.method.stages, layers, checkpoint.plan)
+        with running(checkpoint.model, stages):
+            yield stages
+
+
+def _read_again(prompt: Prompt, cell: Cell, stages: Stages) -> tuple[CompressedCache, Tensor]:
+    """As `compressed`, for a cell whose layers see something else than the recorded ones."""
+    model, length = prompt.checkpoint.model, prompt.recording.length
+    text, budget = _pipeline(prompt, cell)
+    cache = CompressedCache(model, text, budget, prompt_length=length, plan=stages.share)
+    return cache, first_logits(model, prompt.inputs, cache).argmax(-1)
+
+
+@contextmanager
+def _named(cell: Cell) -> Iterator[None]:
+    """Errors that name the cell."""
     try:
-        return replay(prompt.checkpoint.model, prompt.recording, text, cell.budget or _EVERYTHING)
+        yield
     except ValueError as error:
         raise ValueError(f"cell {cell.key}: {error}") from error
 
 
-def _usual(prompt: Prompt, cache: CompressedCache) -> Outcomes:
-    first = prompt.recording.logits.argmax(-1)
+def _usual(prompt: Prompt, cache: CompressedCache, first: Tensor) -> Outcomes:
     tokens = answer_after(prompt.checkpoint.model, prompt.inputs, cache, first, prompt.wanted.shape[1])
     return judge(tokens, prompt.wanted)
 

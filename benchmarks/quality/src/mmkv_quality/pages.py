@@ -43,6 +43,7 @@ def render(bench: Benchmark) -> str:
         *compared.render(bench),
         *section("AdaKV against uniform budgets", *_adakv(bench)),
         *section("The first token", *_first_token(bench)),
+        *section("Vision tokens dropped, attention shared", *_stages(bench)),
         *(line for group in bench.plan.groups if group.name in FACTORS for line in _factor(bench, group)),
         *trust.render(bench),
         *section("What small models cannot show", LIMITS.splitlines()),
@@ -191,6 +192,28 @@ def _adakv(bench: Benchmark) -> list[list[str]]:
         f"{signs.count('-')}, neither in {signs.count('=')}."
     )
     return [[sentence], table(["setting", "pipeline", *map(str, budgets)], rows, left=2)]
+
+
+def _stages(bench: Benchmark) -> list[list[str]]:
+    """Stages alone and with eviction behind them, one column for each setting."""
+    group = bench.group("stages")
+    if group is None:
+        return []
+    kinds = dict.fromkeys((cell.method, cell.budget) for cell in group.cells if cell.method and cell.method.stages)
+    settings = bench.settings("stages")
+    rows = []
+    for method, budget in kinds:
+        cells = [Cell(setting, method, budget) for setting in settings]
+        if any(bench.get(cell) for cell in cells):
+            held = [result.held / result.full for cell in cells if (result := bench.get(cell))]
+            share = f"{percent(min(held))} to {percent(max(held))}"
+            rows.append([code(method.name), str(budget or ""), share, *(_marked(bench, cell, 2.0) for cell in cells)])
+    words = (
+        "Training-free, as all of this page; the papers of ADSC and of lazy attention train afterwards. Each cell reads the "
+        "prompt with its stages on the model. Marks compare with the same without stages, or with the full cache."
+    )
+    header = ["stages", "budget", "bytes held, %", *(code(f"{s.model}/{s.task}/{s.arrangement}") for s in settings)]
+    return [[words], table(header, rows, left=2)]
 
 
 def _first_token(bench: Benchmark) -> list[list[str]]:

@@ -71,7 +71,7 @@ class _Recorder(CompressedLayer):
         if reader != self.layer_idx or self.call is not None:
             raise ValueError("only models whose layers read their own keys, once, can be replayed")
         self.call = (query, mask, scaling, softcap)
-        self._observe_columns(query, self.seen, mask, scaling, softcap)
+        self._observe_columns(query, self._dense_slots(), mask, scaling, softcap)
 
     def recorded(self) -> Seen:
         if self.call is None or self._sums is None:
@@ -86,7 +86,7 @@ class _Replayed(CompressedLayer):
     sums: tuple[Tensor, Tensor]
 
     def _observe_columns(
-        self, query: Tensor, seen: int, mask: Tensor | None, scaling: float, softcap: float | None
+        self, query: Tensor, positions: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
     ) -> None:
         if "column_sums" in self.group.pipeline.score.needs:
             self._sums = self.sums
@@ -120,12 +120,21 @@ def record(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Recording:
         raise ValueError(f"{type(model).__name__} has cache layers without full self-attention; it cannot be replayed")
     recorders = [_Recorder(x.group, x.ordinal, x.layer_idx, x.last_reader) for x in cache.layers]
     cache.layers = list(recorders)
-    # `generate` and not a forward pass: it knows the positions of padded rows, and later tokens continue from those.
-    settings = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    logits = model.generate(**inputs, past_key_values=cache, **settings).logits[0]
+    logits = first_logits(model, inputs, cache)
     token = getattr(model.config, "image_token_id", None)
     modality = None if token is None else (inputs["input_ids"] == token).to(torch.int8)
     return Recording(length, tuple(layer.recorded() for layer in recorders), logits, modality)
+
+
+@torch.no_grad()
+def first_logits(model: PreTrainedModel, inputs: Mapping[str, Tensor], cache: CompressedCache) -> Tensor:
+    """Reads a prompt into a cache: logits `[B, vocabulary]` at its last token.
+
+    By `generate` and not by a forward pass: it knows the positions of padded rows, and later tokens go on from those.
+    """
+    settings = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    logits: Tensor = model.generate(**inputs, past_key_values=cache, **settings).logits[0]
+    return logits
 
 
 def replay(

@@ -9,15 +9,20 @@
   gamma 0.5, rho 2, gate), PyramidKV's beta 20, AdaKV's floor 0.2 with normalisation, SparseMM's ratio 0.1.
 * AdaKV compares shares of a head's score mass. KeyDiff and KNorm have negative scores, which make no shares: with these
   two, and only these, AdaKV does not normalise.
+* Pruning methods drop tokens at the published layers of 32, scaled by the number of layers, rounded to the nearest,
+  each at least one later than the one before; never at the first layer.
+* Lazy layers: the third of the layers that calibration finds cheapest, training-free.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 PUBLISHED_WINDOW: Final = 32
 PUBLISHED_VISION_TOKENS: Final = 5 * 576
 PAGE_VISION_TOKENS: Final = 576
+PUBLISHED_LAYERS: Final = 32
 WINDOWS_PER_BUDGET: Final = (2, 4, 8, 16)
 
 
@@ -33,6 +38,15 @@ def scaled_window(vision_tokens: int = PAGE_VISION_TOKENS) -> int:
 def budgets(window: int) -> tuple[int, ...]:
     """KV pairs per KV head, window included, from aggressive to mild."""
     return tuple(factor * window for factor in WINDOWS_PER_BUDGET)
+
+
+def scaled_layers(published: Sequence[int], layers: int) -> tuple[int, ...]:
+    """Published layer numbers of a 32-layer model for one with so many layers, strictly ascending from 1 on."""
+    found: list[int] = []
+    for layer in published:
+        nearest = int(layer * layers / PUBLISHED_LAYERS + 0.5)
+        found.append(max(nearest, found[-1] + 1 if found else 1))
+    return tuple(found)
 
 
 WINDOW: Final = scaled_window()

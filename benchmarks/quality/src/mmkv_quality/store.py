@@ -21,9 +21,10 @@ from .measure import Block
 
 FORMAT: Final = "mmkv-quality/1"
 _MEASURED_BY: Final = (
-    *("mmkv_kernels", "mmkv_scores", "mmkv_budget", "mmkv_select", "mmkv_pipelines", "mmkv_hf"),
+    *("mmkv_kernels", "mmkv_scores", "mmkv_budget", "mmkv_select", "mmkv_layershare", "mmkv_prune"),
+    *("mmkv_pipelines", "mmkv_hf"),
     *(f"mmkv_testbed.{part}" for part in ("evaluate", "glyphs", "pages", "samples", "vocabulary")),
-    *(f"mmkv_quality.{part}" for part in ("cells", "measure", "outcomes", "replay", "rule", "worlds")),
+    *(f"mmkv_quality.{part}" for part in ("cells", "measure", "outcomes", "replay", "rule", "stages", "worlds")),
 )
 
 

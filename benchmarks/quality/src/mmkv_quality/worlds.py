@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +19,8 @@ from .cells import Setting
 
 TABLE: Final = "head_scores.json"
 """Visual-head scores beside the weights."""
+PLAN: Final = "lazy_plan.json"
+"""A plan of lazy layers beside the weights."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,11 +31,13 @@ class Checkpoint:
         model: float32, in evaluation mode.
         processor: Of the same folder.
         table: Visual-head scores, or None.
+        plan: Of lazy layers, or None.
     """
 
     model: Any
     processor: Any
     table: Path | None
+    plan: Path | None
 
 
 def bundled() -> dict[str, Path]:
@@ -60,6 +64,11 @@ def find(name: str) -> Path:
     if not any(folder.glob("*.safetensors")):
         raise FileNotFoundError(f"the model {name!r} has no weights: there is no *.safetensors in {folder}")
     return folder
+
+
+def planned(folders: Mapping[str, Path]) -> frozenset[str]:
+    """The models that have a plan of lazy layers."""
+    return frozenset(name for name, folder in folders.items() if (folder / PLAN).is_file())
 
 
 def weights_digest(folder: Path) -> str:
@@ -92,7 +101,8 @@ def load(folder: Path, table: Path | None = None) -> Checkpoint:
     except Exception as error:  # whatever transformers and safetensors raise for files that are not what they should be
         raise ValueError(f"{folder} cannot be loaded: {error}") from error
     _check_processor(folder, model, processor)
-    return Checkpoint(model, processor, table)
+    plan = folder / PLAN
+    return Checkpoint(model, processor, table, plan if plan.is_file() else None)
 
 
 def _check_processor(folder: Path, model: Any, processor: Any) -> None:
