@@ -111,6 +111,15 @@ def test_methods_equal_the_masked_model_in_padded_batches(kit, family, method):
         assert not (dropped & ~vision).any()
 
 
+@pytest.mark.parametrize("family", FULL)
+def test_looking_ahead_works_without_a_mask(kit, family):
+    """Whose attention layers need to be told that there is none."""
+    tiny = kit.vlm(family, dtype=F64)
+    first = first_layer(tiny.model)
+    found, wanted, _ = both(kit, tiny.model, tiny.inputs, PyramidDrop(layers=(first,), keep=(0.5,)))
+    assert kit.difference(found.logits, wanted.logits) < EXACT
+
+
 @pytest.mark.parametrize("method", METHODS[1:4], ids=lambda method: type(method).__name__)
 def test_a_row_keeps_what_it_keeps_alone(kit, method):
     tiny = kit.vlm("llava", batch=2, dtype=F64)

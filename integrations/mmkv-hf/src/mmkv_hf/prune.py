@@ -255,7 +255,7 @@ class _Reading:
     def look_ahead(self, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Runs the attention of the layer about to come on everything that enters it, for its queries and keys."""
         names = ("attention_mask", "position_embeddings", "position_ids")
-        given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        given = {"attention_mask": None} | {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         norm, attend = getattr(layer, "input_layernorm", None), getattr(layer, "self_attn", None)
         if norm is None or attend is None:
             raise ValueError(f"{type(layer).__name__} has no input_layernorm and self_attn to look ahead with")
