@@ -15,6 +15,20 @@ def test_the_rule():
     assert rule.BUDGETS == (16, 32, 64, 128)
 
 
+@pytest.mark.parametrize(
+    ("published", "layers", "found"),
+    [
+        ((4, 20), 32, (4, 20)),
+        ((4, 20), 6, (1, 4)),
+        ((3, 7, 16), 6, (1, 2, 3)),
+        ((8, 16, 24), 4, (1, 2, 3)),
+        ((2,), 4, (1,)),
+    ],
+)
+def test_layers_are_scaled(published, layers, found):
+    assert rule.scaled_layers(published, layers) == found
+
+
 def test_a_setting_is_its_key():
     setting = Setting("base-seed0", "pair", "vertical", 24, "dense", "before")
     assert setting.key == "base-seed0/pair/vertical/suffix24/dense/before"
@@ -32,6 +46,7 @@ def test_a_setting_is_its_key():
         (Method("h2o", "pyramidkv", ("mixkv",)), "pyramidkv+mixkv+h2o", "pyramidkv+mixkv+h2o+select(recent=8)"),
         (Method("keydiff", "adakv"), "adakv+keydiff", "adakv(normalize=false)+keydiff+select(recent=8)"),
         (Method(wraps=("bacon(depth=2)",)), "bacon(depth=2)", "bacon(depth=2)+snapkv(window=8)"),
+        (Method(stages=("fastv", "vla")), "fastv | vla | snapkv", "snapkv(window=8)"),
     ],
 )
 def test_names_and_texts(method, name, text):

@@ -36,6 +36,8 @@ def chance(cell):
         return 0.9 if dataclasses.replace(cell.setting, arrangement="horizontal") == WEAK else 1.0
     if cell.method.score in ("random", "streamingllm"):
         return 0.1
+    if not cell.method.score:
+        return 0.7
     quality = 0.5 + 0.05 * math.log2(cell.budget / 16) + 0.15 * any("bacon" in wrap for wrap in cell.method.wraps)
     quality -= 0.1 * any("mixkv" in wrap for wrap in cell.method.wraps)
     return quality + 0.03 * (cell.method.share == "adakv")
@@ -53,7 +55,7 @@ def result(cell, rng):
 
 @pytest.fixture(scope="module")
 def bench():
-    rng, plan = np.random.default_rng(0), make_plan(["one", "two"], {})
+    rng, plan = np.random.default_rng(0), make_plan(["one", "two"], {}, ["one"])
     took = {"command": "run", "seconds": 3600.0, "workers": 2}
     return Benchmark(plan, {cell.key: result(cell, rng) for cell in plan.cells}, MADE, took)
 
@@ -277,3 +279,17 @@ def test_pictures(bench, tmp_path):
         "quality-two-bytes.png",
     ]
     assert all((tmp_path / name).stat().st_size > 20_000 for name in names)
+
+
+def test_stages_are_beside_the_same_without_them(bench, page):
+    data = to_json(bench)
+    section = page.split("## Vision tokens dropped, attention shared")[1].split("\n## ")[0]
+    lines = [line.replace(r"\|", "!").split("|") for line in section.splitlines()]
+    rows = {(row[1].strip(" `"), row[2].strip()): row for row in lines if len(row) > 3}
+    key = "one/value/horizontal/suffix8/normal/after|"
+    alone = exact(data, f"{key}fastv|0|w8")
+    assert "{:.1f} ± {:.1f}".format(*(100 * x for x in mean_and_error(alone))) in rows["fastv", ""][4]
+    evicting = exact(data, f"{key}fastv | adakv+bacon|32|w8")
+    assert f"{100 * sum(evicting) / COUNT:.1f} ±" in rows["fastv ! adakv+bacon", "32"][4]
+    assert rows["vla", ""][6].strip() == ""  # the second model has no plan
+    assert "lazy layers on two: there is no plan" in page

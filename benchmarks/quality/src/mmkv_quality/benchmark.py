@@ -92,11 +92,8 @@ def base_of(cell: Cell) -> Cell | None:
     """
     method = cell.method
     if method is not None and method.stages:
-        return (
-            Cell(cell.setting, replace(method, stages=()), cell.budget, cell.window)
-            if method.score
-            else Cell(cell.setting)
-        )
+        bare = replace(method, stages=()) if method.score else None
+        return Cell(cell.setting, bare, cell.budget, cell.window)
     if method is None or (not method.wraps and method.share == "uniform"):
         return None
     base = method.base if method.wraps else Method(method.score)

@@ -248,10 +248,11 @@ def _cells(
 
 
 def _checked(group: Group, tables: Mapping[str, Path], plans: Collection[str]) -> tuple[Group, tuple[LeftOut, ...]]:
-    reasons = {
-        cell: tuple(_refusals(cell, tables.get(cell.setting.model), cell.setting.model in plans))
-        for cell in group.cells
-    }
+    def why(cell: Cell) -> tuple[LeftOut, ...]:
+        model = cell.setting.model
+        return tuple(_refusals(cell, tables.get(model), model in plans))
+
+    reasons = {cell: why(cell) for cell in group.cells}
     kept = tuple(cell for cell in dict.fromkeys(group.cells) if not reasons[cell])
     return replace(group, cells=kept), tuple(reason for found in reasons.values() for reason in found)
 

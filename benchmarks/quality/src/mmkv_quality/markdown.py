@@ -8,10 +8,14 @@ from collections.abc import Iterable, Sequence
 from .statistics import Estimate
 
 
+BAR = r"\|"
+"""In a cell, even within code."""
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> list[str]:
     """Lines of a table whose first `left` columns are text."""
     rule = ["---"] * left + ["---:"] * (len(header) - left)
-    return [f"| {' | '.join(row)} |" for row in (header, rule, *rows)]
+    return [f"| {' | '.join(cell.replace('|', BAR) for cell in row)} |" for row in (header, rule, *rows)]
 
 
 def section(title: str, *blocks: Sequence[str], level: int = 2) -> list[str]:

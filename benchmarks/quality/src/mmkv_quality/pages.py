@@ -209,8 +209,9 @@ def _stages(bench: Benchmark) -> list[list[str]]:
             share = f"{percent(min(held))} to {percent(max(held))}"
             rows.append([code(method.name), str(budget or ""), share, *(_marked(bench, cell, 2.0) for cell in cells)])
     words = (
-        "Training-free, as all of this page; the papers of ADSC and of lazy attention train afterwards. Each cell reads the "
-        "prompt with its stages on the model. Marks compare with the same without stages, or with the full cache."
+        "Training-free, as all of this page; the papers of ADSC and of lazy attention train afterwards. Each cell "
+        "reads the prompt with its stages on the model. Marks compare with the same without stages, or with the full "
+        "cache."
     )
     header = ["stages", "budget", "bytes held, %", *(code(f"{s.model}/{s.task}/{s.arrangement}") for s in settings)]
     return [[words], table(header, rows, left=2)]
