@@ -60,7 +60,7 @@ def measure_all(model: Any, processor: Any, cells: Sequence[Cell], count: int) -
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m mmkv_testbed.accuracy", description=__doc__)
     parser.add_argument("--model", choices=model_names(), required=True)
-    parser.add_argument("--pages", type=int, default=256)
+    parser.add_argument("--pages", type=int, default=128)
     parser.add_argument("--tasks", nargs="+", type=Task, choices=list(Task), default=list(Task))
     parser.add_argument("--arrangements", nargs="+", type=Arrangement, default=list(Arrangement))
     parser.add_argument("--inks", nargs="+", type=Ink, default=[Ink.NORMAL])
