@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 from mmkv_hf import Pipeline
+from mmkv_layershare import LazyPlan
 from mmkv_quality.cells import Cell, Method, Setting
 from mmkv_quality.grid import NAMED, WORLDS, LeftOut, Plan, make_plan, only, plan_json, plan_of_json, without
 from mmkv_quality.rule import BUDGETS
@@ -102,9 +103,9 @@ def test_keys_are_unique(plan):
 
 def test_quick_has_every_method_at_one_budget(tables):
     full, quick = make_plan(["one"], tables), make_plan(["one"], tables, quick=True)
-    assert len(quick.groups) == 1
-    assert {c.method for c in quick.cells} == {c.method for c in group(full, "main").cells}
-    assert len({c.budget for c in quick.cells if c.method}) == 1
+    assert {c.method for c in group(quick, "main").cells} == {c.method for c in group(full, "main").cells}
+    assert {c.method for c in group(quick, "stages").cells} == {c.method for c in group(full, "stages").cells}
+    assert len({c.budget for c in quick.cells if c.budget}) == 1
 
 
 def test_a_setting_without_its_cells(plan):
@@ -130,3 +131,12 @@ def test_a_plan_survives_json(plan):
     assert again == plan
     assert all(isinstance(cell, Cell) for cell in again.cells)
     assert replace(again, left_out=()) != plan
+
+
+def test_a_stage_that_drops_tokens_inside_a_block_is_left_out(tmp_path):
+    LazyPlan(4, ((0, 1), (2, 3))).save(tmp_path / "plan.json")
+    plan = make_plan(["one"], {}, {"one": tmp_path / "plan.json"}, quick=True)
+    stages = {cell.method.stages for cell in plan.cells if cell.method and cell.method.stages}
+    assert ("vla",) in stages
+    assert ("fastv", "vla") not in stages
+    assert [why.what for why in plan.left_out if "which borrows from layer 0" in why.why] == ["fastv | vla on one"]

@@ -9,6 +9,7 @@ import zlib
 
 import numpy as np
 import pytest
+from mmkv_layershare import LazyPlan
 from mmkv_quality import compared, guide, pages, plots, report, trust
 from mmkv_quality.benchmark import Benchmark, of_json, to_json
 from mmkv_quality.cells import Cell, Method, Setting
@@ -54,8 +55,10 @@ def result(cell, rng):
 
 
 @pytest.fixture(scope="module")
-def bench():
-    rng, plan = np.random.default_rng(0), make_plan(["one", "two"], {}, ["one"])
+def bench(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plans") / "plan.json"
+    LazyPlan(6, ((2, 4),)).save(path)
+    rng, plan = np.random.default_rng(0), make_plan(["one", "two"], {}, {"one": path})
     took = {"command": "run", "seconds": 3600.0, "workers": 2}
     return Benchmark(plan, {cell.key: result(cell, rng) for cell in plan.cells}, MADE, took)
 
@@ -292,4 +295,4 @@ def test_stages_are_beside_the_same_without_them(bench, page):
     evicting = exact(data, f"{key}fastv | adakv+bacon|32|w8")
     assert f"{100 * sum(evicting) / COUNT:.1f} ±" in rows["fastv ! adakv+bacon", "32"][4]
     assert rows["vla", ""][6].strip() == ""  # the second model has no plan
-    assert "lazy layers on two: there is no plan" in page
+    assert "vla on two: there is no plan" in page

@@ -76,7 +76,7 @@ def run(
     with _plain_errors():
         folders = {Path(name).name: worlds.find(name) for name in models or _default_models(quick)}
         tables = _tables(head_scores or [], folders)
-        plan = only(make_plan(folders, tables, worlds.planned(folders), quick=quick), tasks or (), pipelines or ())
+        plan = only(make_plan(folders, tables, worlds.plans(folders), quick=quick), tasks or (), pipelines or ())
         count = samples or (QUICK_SAMPLES if quick else SAMPLES)
         job = runner.Run(out, folders, tables, SEED, count, BLOCK, workers)
         if dry_run:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from mmkv_hf import Pipeline
+from mmkv_layershare import LazyPlan
 
 from .cells import Cell, Method, Setting
 from .rule import BUDGETS, PUBLISHED_WINDOW, WINDOW
-from .stages import LAZY, PRUNERS
+from .stages import LAZY, PRUNERS, build
 
 SCORES: Final = ("snapkv", "tova", "h2o", "streamingllm", "knorm", "vnorm", "keydiff", "random")
 SHARES: Final = ("uniform", "pyramidkv", "adakv", "sparsemm")
@@ -40,7 +41,7 @@ QUICK_BUDGET: Final = BUDGETS[1]
 
 STAGED: Final = tuple((name,) for name in (*PRUNERS, *LAZY))
 """Stages by themselves."""
-COMBINED: Final = (("fastv",), ("pyramiddrop",), ("uniformdrop",), ("vla",), ("gla",), ("pyramiddrop", "vla"))
+COMBINED: Final = (("fastv",), ("pyramiddrop",), ("uniformdrop",), ("vla",), ("gla",), ("fastv", "vla"))
 """Stages with eviction behind them, and those that are combined without it."""
 BEHIND: Final = (Method(), Method(share="adakv", wraps=("bacon",)))
 
@@ -126,19 +127,19 @@ def all_methods() -> tuple[Method, ...]:
 
 
 def make_plan(
-    models: Iterable[str], tables: Mapping[str, Path], plans: Collection[str] = (), *, quick: bool = False
+    models: Iterable[str], tables: Mapping[str, Path], plans: Mapping[str, Path] | None = None, *, quick: bool = False
 ) -> Plan:
     """The grid for these models.
 
     Args:
         models: Names; the first one is followed through the factors, all of them through the default settings.
         tables: Model -> visual-head scores for SparseMM; where it is missing those cells are left out.
-        plans: Models with a plan of lazy layers; where it is missing those cells are left out.
+        plans: Model -> plan of lazy layers; where it is missing those cells are left out.
         quick: Every method at one budget in the default settings, nothing else.
     """
     models = tuple(models)
     wanted = (_quick if quick else _full)(models)
-    kept, left_out = zip(*(_checked(group, tables, plans) for group in wanted), strict=True)
+    kept, left_out = zip(*(_checked(group, tables, plans or {}) for group in wanted), strict=True)
     return Plan(kept, tuple(dict.fromkeys(reason for reasons in left_out for reason in reasons)))
 
 
@@ -247,21 +248,21 @@ def _cells(
     )
 
 
-def _checked(group: Group, tables: Mapping[str, Path], plans: Collection[str]) -> tuple[Group, tuple[LeftOut, ...]]:
+def _checked(group: Group, tables: Mapping[str, Path], plans: Mapping[str, Path]) -> tuple[Group, tuple[LeftOut, ...]]:
     def why(cell: Cell) -> tuple[LeftOut, ...]:
         model = cell.setting.model
-        return tuple(_refusals(cell, tables.get(model), model in plans))
+        return tuple(_refusals(cell, tables.get(model), plans.get(model)))
 
     reasons = {cell: why(cell) for cell in group.cells}
     kept = tuple(cell for cell in dict.fromkeys(group.cells) if not reasons[cell])
     return replace(group, cells=kept), tuple(reason for found in reasons.values() for reason in found)
 
 
-def _refusals(cell: Cell, table: Path | None, has_plan: bool) -> Iterator[LeftOut]:
+def _refusals(cell: Cell, table: Path | None, plan: Path | None) -> Iterator[LeftOut]:
     """Why this cell cannot be measured: nothing, or one reason."""
     method = cell.method
-    if method is not None and not has_plan and any(name in LAZY for name in method.stages):
-        yield LeftOut(f"lazy layers on {cell.setting.model}", "there is no plan of lazy layers for this model")
+    if method is not None and (why := _not_lazy(method.stages, plan)):
+        yield LeftOut(f"{' | '.join(method.stages)} on {cell.setting.model}", why)
         return
     if method is None or not method.score:
         return
@@ -274,6 +275,19 @@ def _refusals(cell: Cell, table: Path | None, has_plan: bool) -> Iterator[LeftOu
         yield LeftOut(method.name, why)
     elif cell.budget < Pipeline.parse(method.text(cell.window, table)).least_budget:
         yield LeftOut(f"budget {cell.budget} with a window of {cell.window}", "it does not exceed the window")
+
+
+def _not_lazy(stages: tuple[str, ...], plan: Path | None) -> str | None:
+    """Why a model with that plan cannot run the stages, if some layers of them are lazy."""
+    if not LAZY.keys() & set(stages):
+        return None
+    if plan is None:
+        return "there is no plan of lazy layers for this model"
+    try:
+        build(stages, LazyPlan.load(plan).num_layers, plan)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _refusal(method: Method, window: int, table: Path | None) -> str | None:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 
 from .statistics import Estimate
 
-
 BAR = r"\|"
 """In a cell, even within code."""
 

@@ -66,9 +66,9 @@ def find(name: str) -> Path:
     return folder
 
 
-def planned(folders: Mapping[str, Path]) -> frozenset[str]:
-    """The models that have a plan of lazy layers."""
-    return frozenset(name for name, folder in folders.items() if (folder / PLAN).is_file())
+def plans(folders: Mapping[str, Path]) -> dict[str, Path]:
+    """Model -> plan of lazy layers, where there is one."""
+    return {name: folder / PLAN for name, folder in folders.items() if (folder / PLAN).is_file()}
 
 
 def weights_digest(folder: Path) -> str:
