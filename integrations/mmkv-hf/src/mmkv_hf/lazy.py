@@ -25,8 +25,9 @@ from ._compat import (
     template_layers,
     text_config,
 )
-from .lazy_cache import LazyCache, Vision
+from .lazy_cache import BlockLayer, LazyCache, Vision
 from .opened import Opened
+from .split import Columns, Segments, columns_of
 
 _PROJECTIONS = ("q_proj", "k_proj")
 
@@ -64,19 +65,40 @@ class Lending:
         plan: who lends to whom.
         vision: [B, S] bool, in visual mode, of this pass.
         lent: lazy layers served in this pass.
+        cache: of this pass, where its layers attend to vision and text apart.
     """
 
     def __init__(self, plan: LazyPlan) -> None:
         self.plan = plan
         self.vision: Tensor | None = None
         self.lent = 0
+        self.cache: LazyCache | None = None
         self._query: Tensor | None = None
         self._key: Tensor | None = None
+        self._columns: tuple[Tensor | None, int, Columns] | None = None
 
-    def begin(self, vision: Tensor | None) -> None:
+    def begin(self, vision: Tensor | None, cache: LazyCache | None = None) -> None:
         """A forward pass over tokens of which `vision` [B, S] are vision tokens, cached ones included."""
-        self.vision, self.lent = vision, 0
-        self._query = self._key = None
+        self.vision, self.cache, self.lent = vision, cache, 0
+        self._query = self._key = self._columns = None
+
+    def segments(self, layer: int, query: Tensor, mask: Tensor | None) -> Segments | None:
+        """The vision tokens `layer` attends to, beside its own text; None where it attends to everything at once.
+
+        Args:
+            layer: its index.
+            query: [B, Hq, n, D].
+            mask: bool [1 or B, 1, n, S] of logical columns, or None for causal.
+        """
+        own = None if self.cache is None else self.cache.layers[layer]
+        if self.cache is None or not isinstance(own, BlockLayer):
+            return None
+        anchor = self.plan.anchor(layer)
+        self.lent += anchor != layer
+        heads = own.text_keys.shape[1]
+        if self._columns is None or self._columns[0] is not mask or self._columns[1] != heads:
+            self._columns = mask, heads, columns_of(*self.cache.vision.parts(), mask, heads, query.shape[2])
+        return Segments(self.cache.layers[anchor].vision_keys, own.vision_values, self._columns[2])
 
     def exchange(self, layer: int, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Queries [B, Hq, n, D] and keys [B, H, S, D] that `layer` attends with, from its own."""
@@ -93,6 +115,8 @@ class Lending:
         self.lent += 1
         if self.vision is None:
             return borrowed
+        if not self.vision.any():
+            return query, key
         columns = self.vision[:, None, :, None]
         rows = columns[:, :, columns.shape[2] - query.shape[2] :]
         return torch.where(rows, borrowed[0], query), torch.where(columns, borrowed[1], key)
@@ -110,6 +134,9 @@ class _Projection(nn.Module):
         if vision is None:
             return x.new_zeros(()).expand(shape)
         is_text = ~vision[:, vision.shape[1] - x.shape[1] :]
+        if bool(is_text.all()):
+            everything: Tensor = self.projection(x)
+            return everything
         projected: Tensor = self.projection(x[is_text])
         return projected.new_zeros(shape).index_put((is_text,), projected)
 
@@ -127,6 +154,14 @@ def _attention_of(model: PreTrainedModel, layer: int) -> nn.Module:
             "leave skip_projections out"
         )
     return module
+
+
+def _padding(mask: Any, new: Tensor, before: Tensor | None) -> Tensor | None:
+    """[B, n] bool, the new tokens that a mask [B, S] over all hides; None when it says nothing about them."""
+    length = new.shape[1] + (0 if before is None else before.shape[1])
+    if not isinstance(mask, Tensor) or mask.shape != (len(new), length):
+        return None
+    return mask[:, length - new.shape[1] :].to(new.device) == 0
 
 
 @contextmanager
@@ -222,9 +257,11 @@ class LazySession(Opened):
             raise ValueError(
                 "visual mode has to know the vision tokens: pass input_ids, or mm_token_type_ids beside inputs_embeds"
             )
-        vision = Vision() if not isinstance(cache, LazyCache) else cache.vision
-        vision.extend(new > 0)
-        self._lending.begin(vision.seen)
+        held = cache if isinstance(cache, LazyCache) else None
+        vision = Vision() if held is None else held.vision
+        trains = model.training or torch.is_grad_enabled()
+        vision.extend(new > 0, _padding(kwargs.get("attention_mask"), new, vision.kinds), may_split=not trains)
+        self._lending.begin(vision.seen, held if vision.is_split else None)
 
     def _lend(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, "mmkv_lending": self._lending}
