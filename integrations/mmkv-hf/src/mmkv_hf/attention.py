@@ -48,10 +48,10 @@ def attention_forward(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     softcap = kwargs.pop("softcap", None)
     if lending is not None:
-        vision = lending.segments(module.layer_idx, query, _as_bool(attention_mask))
-        if vision is not None:
-            return split_attention(query, key, value, vision, scaling, softcap), None
         query, key = lending.exchange(module.layer_idx, query, key)
+        prefix = lending.prefix_of(module.layer_idx, query, _as_bool(attention_mask))
+        if prefix is not None:
+            return split_attention(query, key, value, prefix, scaling, softcap), None
     layer = layer_of(key)
     if watch is not None:
         watch(query, key, _as_bool(attention_mask), scaling, softcap)

@@ -25,9 +25,9 @@ from ._compat import (
     template_layers,
     text_config,
 )
-from .lazy_cache import BlockLayer, LazyCache, Vision
+from .lazy_cache import BlockLayer, Layout, LazyCache, arrives_at_once
 from .opened import Opened
-from .split import Columns, Segments, columns_of
+from .split import Columns, Prefix, columns_of
 
 _PROJECTIONS = ("q_proj", "k_proj")
 
@@ -65,7 +65,7 @@ class Lending:
         plan: who lends to whom.
         vision: [B, S] bool, in visual mode, of this pass.
         lent: lazy layers served in this pass.
-        cache: of this pass, where its layers attend to vision and text apart.
+        cache: of this pass, where its layers attend to prefix and tail apart.
     """
 
     def __init__(self, plan: LazyPlan) -> None:
@@ -82,26 +82,11 @@ class Lending:
         self.vision, self.cache, self.lent = vision, cache, 0
         self._query = self._key = self._columns = None
 
-    def segments(self, layer: int, query: Tensor, mask: Tensor | None) -> Segments | None:
-        """The vision tokens `layer` attends to, beside its own text; None where it attends to everything at once.
-
-        Args:
-            layer: its index.
-            query: [B, Hq, n, D].
-            mask: bool [1 or B, 1, n, S] of logical columns, or None for causal.
-        """
-        own = None if self.cache is None else self.cache.layers[layer]
-        if self.cache is None or not isinstance(own, BlockLayer):
-            return None
-        anchor = self.plan.anchor(layer)
-        self.lent += anchor != layer
-        heads = own.text_keys.shape[1]
-        if self._columns is None or self._columns[0] is not mask or self._columns[1] != heads:
-            self._columns = mask, heads, columns_of(*self.cache.vision.parts(), mask, heads, query.shape[2])
-        return Segments(self.cache.layers[anchor].vision_keys, own.vision_values, self._columns[2])
-
     def exchange(self, layer: int, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries [B, Hq, n, D] and keys [B, H, S, D] that `layer` attends with, from its own."""
+        """Queries [B, Hq, n, D] and keys [B, H, S, D] that `layer` attends with, from its own.
+
+        Where prefix and tail are attended to apart, the keys are those of the tail.
+        """
         anchor = self.plan.anchor(layer)
         if anchor == layer:
             if self.plan.last_reader(layer) > layer:
@@ -115,11 +100,27 @@ class Lending:
         self.lent += 1
         if self.vision is None:
             return borrowed
-        if not self.vision.any():
+        if self.cache is not None or not self.vision.any():
             return query, key
         columns = self.vision[:, None, :, None]
         rows = columns[:, :, columns.shape[2] - query.shape[2] :]
         return torch.where(rows, borrowed[0], query), torch.where(columns, borrowed[1], key)
+
+    def prefix_of(self, layer: int, query: Tensor, mask: Tensor | None) -> Prefix | None:
+        """What `layer` attends to beside the tail it holds; None where it attends to everything at once.
+
+        Args:
+            layer: its index.
+            query: [B, Hq, n, D].
+            mask: bool [1 or B, 1, n, S] of logical columns, or None for causal.
+        """
+        own = None if self.cache is None else self.cache.layers[layer]
+        if self.cache is None or not isinstance(own, BlockLayer):
+            return None
+        heads, lender = own.tail_values.shape[1], self.cache.layers[self.plan.anchor(layer)]
+        if self._columns is None or self._columns[0] is not mask or self._columns[1] != heads:
+            self._columns = mask, heads, columns_of(*self.cache.layout.parts(), mask, heads, query.shape[2])
+        return Prefix(lender.prefix_keys, own.prefix_values, self._columns[2])
 
 
 class _Projection(nn.Module):
@@ -154,14 +155,6 @@ def _attention_of(model: PreTrainedModel, layer: int) -> nn.Module:
             "leave skip_projections out"
         )
     return module
-
-
-def _padding(mask: Any, new: Tensor, before: Tensor | None) -> Tensor | None:
-    """[B, n] bool, the new tokens that a mask [B, S] over all hides; None when it says nothing about them."""
-    length = new.shape[1] + (0 if before is None else before.shape[1])
-    if not isinstance(mask, Tensor) or mask.shape != (len(new), length):
-        return None
-    return mask[:, length - new.shape[1] :].to(new.device) == 0
 
 
 @contextmanager
@@ -247,21 +240,27 @@ class LazySession(Opened):
     def _begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if model.training and getattr(model, "is_gradient_checkpointing", False):
             raise RuntimeError("gradient checkpointing runs layers anew, out of the order lazy layers borrow in")
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        held = cache if isinstance(cache, LazyCache) else None
+        layout = Layout() if held is None else held.layout
+        new = self._new(model, args[0] if args else kwargs.get("input_ids"), kwargs)
+        if new is not None:
+            trains = model.training or torch.is_grad_enabled()
+            layout.extend(new, layout.hidden(mask, new.shape[1]), may_split=not trains)
+        visual = self.plan.mode == "visual"
+        self._lending.begin(layout.prefix if visual else None, held if layout.is_split else None)
+
+    def _new(self, model: Any, ids: Tensor | None, inputs: dict[str, Any]) -> Tensor | None:
+        """[B, n] bool, which tokens of a pass stay where they are."""
         if self.plan.mode == "global":
-            self._lending.begin(None)
-            return
-        cache = kwargs.get("past_key_values")
-        ids = args[0] if args else kwargs.get("input_ids")
-        new = modalities(model.config, ids, kwargs.get("mm_token_type_ids"))
-        if new is None:
+            tokens = inputs.get("inputs_embeds") if ids is None else ids
+            return None if tokens is None else arrives_at_once(tokens)
+        kinds = modalities(model.config, ids, inputs.get("mm_token_type_ids"))
+        if kinds is None:
             raise ValueError(
                 "visual mode has to know the vision tokens: pass input_ids, or mm_token_type_ids beside inputs_embeds"
             )
-        held = cache if isinstance(cache, LazyCache) else None
-        vision = Vision() if held is None else held.vision
-        trains = model.training or torch.is_grad_enabled()
-        vision.extend(new > 0, _padding(kwargs.get("attention_mask"), new, vision.kinds), may_split=not trains)
-        self._lending.begin(vision.seen, held if vision.is_split else None)
+        return kinds > 0
 
     def _lend(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, "mmkv_lending": self._lending}

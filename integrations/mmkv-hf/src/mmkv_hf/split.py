@@ -1,4 +1,4 @@
-"""Attention of a pass of text over vision and text that are stored apart: two segments, merged by log-sum-exp."""
+"""Attention of a short pass over a prefix and a tail that are stored apart: two segments, merged by log-sum-exp."""
 
 from __future__ import annotations
 
@@ -15,53 +15,53 @@ class Columns(NamedTuple):
     """Where the two segments of a pass lie, and what is hidden of them; the same for all layers of a pass.
 
     Attributes:
-        offsets: int64 [B * H + 1], of the vision tokens of each row and KV head.
-        vision_mask: bool [n, P], what each query sees of them; None: everything.
-        text_mask: bool [B, 1, n, T]; None: everything up to itself.
+        offsets: int64 [B * H + 1], of the prefix of each row and KV head.
+        prefix_mask: bool [n, P], what each query sees of it; None: everything.
+        tail_mask: bool [B, 1, n, T]; None: everything up to itself.
     """
 
     offsets: Tensor
-    vision_mask: Tensor | None
-    text_mask: Tensor | None
+    prefix_mask: Tensor | None
+    tail_mask: Tensor | None
 
 
-def columns_of(vision: Tensor, text: Tensor, mask: Tensor | None, heads: int, count: int) -> Columns:
+def columns_of(prefix: Tensor, tail: Tensor, mask: Tensor | None, heads: int, count: int) -> Columns:
     """The segments of a pass.
 
     Args:
-        vision: [B, S] bool.
-        text: [B, S] bool, those that are stored; the last `count` are.
+        prefix: [B, S] bool.
+        tail: [B, S] bool; the last `count` columns are.
         mask: bool [1 or B, 1, n, S] of logical columns, or None for causal.
         heads: H.
         count: n, new tokens.
     """
-    lengths = vision.sum(1).repeat_interleave(heads)
+    lengths = prefix.sum(1).repeat_interleave(heads)
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    return Columns(offsets, _vision_mask(vision, mask, heads), _text_mask(text, mask, count))
+    return Columns(offsets, _prefix_mask(prefix, mask, heads), _tail_mask(tail, mask, count))
 
 
-def _vision_mask(vision: Tensor, mask: Tensor | None, heads: int) -> Tensor | None:
-    if mask is None or bool((mask | ~vision[:, None, None]).all()):
+def _prefix_mask(prefix: Tensor, mask: Tensor | None, heads: int) -> Tensor | None:
+    if mask is None or bool((mask | ~prefix[:, None, None]).all()):
         return None
-    rows = zip(mask.expand(len(vision), -1, -1, -1), vision, strict=True)
+    rows = zip(mask.expand(len(prefix), -1, -1, -1), prefix, strict=True)
     return torch.cat([seen[0][:, columns].repeat(1, heads) for seen, columns in rows], dim=1)
 
 
-def _text_mask(text: Tensor, mask: Tensor | None, count: int) -> Tensor | None:
-    columns, held = packed_columns(text), text.sum(1, keepdim=True)
-    is_held = torch.arange(columns.shape[1], device=text.device) >= columns.shape[1] - held
+def _tail_mask(tail: Tensor, mask: Tensor | None, count: int) -> Tensor | None:
+    columns, held = packed_columns(tail), tail.sum(1, keepdim=True)
+    is_held = torch.arange(columns.shape[1], device=tail.device) >= columns.shape[1] - held
     if mask is None:
         if bool(is_held.all()):
             return None
-        mask = torch.ones(1, 1, count, text.shape[1], dtype=torch.bool, device=text.device)
-        mask = mask.tril(text.shape[1] - count)
+        mask = torch.ones(1, 1, count, tail.shape[1], dtype=torch.bool, device=tail.device)
+        mask = mask.tril(tail.shape[1] - count)
     places = columns[:, None, None].expand(-1, 1, mask.shape[2], -1)
-    seen = mask.expand(len(text), -1, -1, -1).gather(3, places) & is_held[:, None, None]
+    seen = mask.expand(len(tail), -1, -1, -1).gather(3, places) & is_held[:, None, None]
     return None if count == 1 and bool(seen.all()) else seen
 
 
-class Segments(NamedTuple):
-    """What one layer attends to beside its text: keys [P, D], its anchor's, and values [P, Dv] of vision tokens."""
+class Prefix(NamedTuple):
+    """What one layer attends to beside its tail: keys [P, D], its anchor's, and values [P, Dv], its own."""
 
     keys: Tensor
     values: Tensor
@@ -69,32 +69,31 @@ class Segments(NamedTuple):
 
 
 def split_attention(
-    query: Tensor, key: Tensor, value: Tensor, vision: Segments, scaling: float, softcap: float | None
+    query: Tensor, key: Tensor, value: Tensor, prefix: Prefix, scaling: float, softcap: float | None
 ) -> Tensor:
-    """Attention over vision tokens and text.
+    """Attention over prefix and tail.
 
     Args:
-        query: [B, Hq, n, D], of text tokens.
-        key: [B, H, T, D], of text tokens.
+        query: [B, Hq, n, D], of the latest n tokens of the tail.
+        key: [B, H, T, D], of the tail.
         value: [B, H, T, Dv].
-        vision: the other segment.
+        prefix: the other segment.
         scaling: of the logits.
         softcap: of the logits.
 
     Returns:
         [B, n, Hq, Dv].
     """
-    offsets, vision_mask, text_mask = vision.columns
     found = ragged_attention(
         query,
-        vision.keys,
-        vision.values,
-        offsets,
+        prefix.keys,
+        prefix.values,
+        prefix.columns.offsets,
         key,
         value,
         scaling=scaling,
         softcap=softcap,
-        prefix_mask=vision_mask,
-        tail_mask=text_mask,
+        prefix_mask=prefix.columns.prefix_mask,
+        tail_mask=prefix.columns.tail_mask,
     )
     return found.out.transpose(1, 2).contiguous()
