@@ -269,7 +269,7 @@ def test_what_cannot_work_is_refused_and_the_model_is_as_before(kit):
     with prune(model, method):
         with pytest.raises(ValueError, match="leave prefill_chunk_size out"):
             model.generate(**tiny.inputs, max_new_tokens=2, prefill_chunk_size=16)
-        with share(model, LazyPlan(4, ((1, 2),))), pytest.raises(ValueError, match="together with share"):
+        with share(model, LazyPlan(4, ((1, 2),))), pytest.raises(ValueError, match="evicts nothing"):
             model.generate(**tiny.inputs, max_new_tokens=2)
         embeds = model.get_input_embeddings()(tiny.inputs["input_ids"])
         with pytest.raises(ValueError, match="pass input_ids, or mm_token_type_ids"):

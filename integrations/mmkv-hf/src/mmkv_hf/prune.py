@@ -104,7 +104,10 @@ class PruneSession(Opened):
     def _begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache, ids = kwargs.get("past_key_values"), args[0] if args else kwargs.get("input_ids")
         if isinstance(cache, LazyCache):
-            raise ValueError("pruning does not work together with share yet")
+            raise ValueError(
+                "a LazyCache does not know of pruning; compress(model, 'adsc | lazy(plan.json) | snapkv', budget=1.0) "
+                "does both, and at that budget evicts nothing"
+            )
         kinds = modalities(model.config, ids, kwargs.get("mm_token_type_ids"))
         if kinds is None:
             raise ValueError(
