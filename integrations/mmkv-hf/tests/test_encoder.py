@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from mmkv_hf import compress, prune, reduce_images, share
+from mmkv_hf.encoder import _slots
 from mmkv_layershare import LazyPlan
 from mmkv_prune import ADSC, PruMerge, PruMergePlus, Reduced, TowerEvidence, VisionZip
 from mmkv_testkit.families import FAMILIES, pad, unpadded
@@ -352,6 +353,38 @@ def test_frames_of_a_video_are_reduced_one_by_one(kit):
     check(kit, tiny.model, {**inputs, "video_grid_thw": torch.tensor([[2, 4, 12]])}, VisionZip(3, 2))
 
 
+def test_columns_that_were_left_out_have_no_output(kit):
+    """Nor have the fillers of rows that hold fewer."""
+    model, inputs = kit.padded("llava", dtype=F64)
+    with reduce_images(model, PruMergePlus(4)) as session, torch.no_grad():
+        logits = model(**inputs).logits
+    assert not session.last.real.all()
+    for row, columns, real in zip(logits, session.last.columns, session.last.real, strict=True):
+        gone = torch.ones(len(row), dtype=torch.bool).scatter(0, columns[real], False)
+        assert not row[gone].any()
+        assert row[~gone].any(-1).all()
+
+
+def test_a_cache_may_be_repeated(kit):
+    model, inputs = kit.padded("llava", dtype=F64)
+    tokens, counted = kit.words(6, 2), inputs["attention_mask"].cumsum(1)
+    with reduce_images(model, PruMergePlus(4)), torch.no_grad():
+        cache = model(**inputs, position_ids=(counted - 1).clamp(min=0)).past_key_values
+        cache.batch_repeat_interleave(3)
+        after = counted[:, -1:].repeat_interleave(3, 0)
+        found = model(input_ids=tokens[:, :1], past_key_values=cache, position_ids=after).logits
+    rows = [row for row in rows_by_hand(model, inputs, PruMergePlus(4)) for _ in range(3)]
+    assert kit.difference(found, wanted_logits(model, rows, tokens)[:, 1:]) < EXACT
+
+
+def test_tokens_without_a_place_take_the_last_free_ones():
+    source = torch.tensor([[-1, 1, -1, 4], [3, -1, -1, -1]])
+    valid = torch.tensor([[True, True, True, True], [True, True, False, False]])
+    real = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    slots = _slots(Reduced(torch.zeros(2, 4, 1), source, valid), real, by_place=True)
+    assert slots.tolist() == [[3, 1, 5, 4], [3, 2, 6, 6]]
+
+
 def test_the_cache_holds_what_is_left(kit):
     tiny = kit.vlm("llava")
     cache = DynamicCache(config=tiny.text_config)
@@ -371,6 +404,27 @@ def test_the_cache_holds_what_is_left(kit):
         assert alive() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("family", KNOWN)
+def test_without_a_cache_every_column_that_stays_has_its_logits(kit, family):
+    tiny = kit.vlm(family, dtype=F64)
+    model = tiny.model
+    inputs = {name: x for name, x in tiny.inputs.items() if name != "attention_mask"}
+    embeds, where, stays = rows_by_hand(model, tiny.inputs, METHODS[0])[0]
+    if where.ndim == 3:  # as `generate` gives them: the first numbers the columns
+        ids = tiny.inputs["input_ids"]
+        positions = torch.tensor(positions_of(model, ids[0].tolist(), tiny.inputs["image_grid_thw"])).T[:, None]
+        inputs["position_ids"] = torch.cat([torch.arange(ids.shape[1]).expand(1, 1, -1), positions])
+    with reduce_images(model, METHODS[0]), torch.no_grad():
+        found = model(**inputs, use_cache=False).logits
+    with torch.no_grad():
+        hidden = model.get_decoder()(inputs_embeds=embeds, position_ids=where, use_cache=False).last_hidden_state
+        wanted = model.get_output_embeddings()(hidden)
+    assert kit.difference(found[:, stays], wanted) < EXACT
+    gone = torch.ones(found.shape[1], dtype=torch.bool).scatter(0, torch.tensor(stays), False)
+    assert gone.any()
+    assert not found[:, gone].any()
 
 
 @pytest.mark.parametrize(
