@@ -220,9 +220,8 @@ class _Length:
     """
 
     def __init__(self, cache: Any, shortened: Shortened) -> None:
-        self._cache: weakref.ref[Any] = weakref.ref(
-            cache
-        )  # a cache that points at itself would keep its memory until a gc run
+        # Weak: a cache that points at itself would keep its memory until a gc run.
+        self._cache: weakref.ref[Any] = weakref.ref(cache)
         self.shortened, self.inside = shortened, False
 
     def __call__(self, layer_idx: int = 0) -> int:
