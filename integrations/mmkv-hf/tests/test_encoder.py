@@ -459,6 +459,24 @@ def test_generate_modes_give_the_tokens_of_the_prompt_by_hand(kit, family, setti
     assert found == generated(by_hand, **settings)
 
 
+def test_drafts_that_come_with_the_prompt_are_taken_back(kit):
+    """Prompt lookup proposes tokens before the prompt has been read."""
+    tiny = kit.vlm("llava", dtype=F64, batch=2)
+    inputs = pad({name: x[:1] for name, x in tiny.inputs.items()}, left=[5])
+    inputs["input_ids"][0, -4:] = inputs["input_ids"][0, -14:-10]
+    with reduce_images(tiny.model, METHODS[0]) as session:
+        cache = DynamicCache()
+        first = tiny.model.generate(**inputs, max_new_tokens=3, prompt_lookup_num_tokens=3, past_key_values=cache)
+        assert session.last.length > inputs["input_ids"].shape[1]
+        assert cache.get_seq_length() == first.shape[1] - 1
+        turn = kit.conversation(inputs, first[:, -3:], kit.words(1, 5))
+        second = kit.decode(tiny.model, turn, 3, past_key_values=cache)
+    said = torch.cat([first[:, -3:], turn["input_ids"][:, -5:], second.tokens], 1)
+    logits = wanted_logits(tiny.model, rows_by_hand(tiny.model, inputs, METHODS[0]), said)
+    assert torch.equal(logits[:, :3].argmax(-1), first[:, -3:])
+    assert kit.difference(second.logits, logits[:, -3:]) < EXACT
+
+
 @pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 def test_a_second_turn_goes_on(kit, family, copied):
