@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from mmkv_hf import compress, prune
+from mmkv_hf.survivors import Held, numbering
 from mmkv_prune import ADSC, FastV, PyramidDrop, RandomDrop, SparseVLM, UniformDrop
 from mmkv_testkit.families import FAMILIES, pad, unpadded
 from torch.nn.functional import pad as widen
@@ -246,10 +247,21 @@ def test_a_row_of_text_stays_whole_beside_a_row_with_an_image(kit, method):
         found = kit.decode(tiny.model, both)
         wanted = kit.decode(tiny.model, tiny.inputs, found.tokens[1:])
         with torch.no_grad():
-            whole = tiny.model(**both).logits
+            whole, pruned = tiny.model(**both).logits, tiny.model(**tiny.inputs).logits
     alone = kit.decode(tiny.model, {"input_ids": text}, found.tokens[:1])
     assert kit.difference(found.logits, torch.cat([alone.logits, wanted.logits])) < EXACT
-    assert kit.difference(whole[:, -1], found.logits[:, 0]) < EXACT
+    with torch.no_grad():
+        plain = tiny.model(input_ids=text).logits
+    assert kit.difference(whole, torch.cat([plain, pruned])) < EXACT
+
+
+def test_a_row_is_numbered_from_its_first_token_on():
+    """Whatever position padding has been given."""
+    held = Held(torch.tensor([[2, 4], [1, 4]]), torch.tensor([[True, True], [False, True]]), 5)
+    ids, valid = torch.tensor([[7, 7, 3, 4, 5]]), torch.tensor([[False, False, True, True, True]])
+    first, held = numbering(held, ids, valid.expand(2, -1))
+    assert first.tolist() == [[3], [3]]
+    assert held.moved.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("method", METHODS[1:4], ids=lambda method: type(method).__name__)

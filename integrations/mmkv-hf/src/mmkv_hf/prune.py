@@ -162,7 +162,7 @@ class PruneSession(Opened):
         """Arguments of layer `index` after the prompt."""
         cache = kwargs["past_key_values"]
         held = self.held[index]
-        held = self.held[index] = held.without_last(held.columns.shape[1] - cache.get_seq_length(index))
+        held = held.without_last(held.columns.shape[1] - cache.get_seq_length(index))
         if held.moved is not None:
             kwargs = numbered_later(self._rotary, held, hidden, kwargs)
         if not any(self._windows):
