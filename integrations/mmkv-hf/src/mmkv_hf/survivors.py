@@ -132,7 +132,7 @@ def later_mask(
     asking = torch.arange(end, end + new, device=device)[:, None]
     if window is None:
         return ((columns[:, None] <= asking) & real[:, None])[:, None]
-    keys = min(cached, window - 1) + new
+    keys = window - 1 + new
     columns, real = columns[:, None, -keys:], real[:, None, -keys:]
     return ((columns <= asking) & (columns > asking - window) & real)[:, None]
 
