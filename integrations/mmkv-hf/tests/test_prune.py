@@ -321,19 +321,29 @@ def test_pyramiddrop_looks_at_the_layer_about_to_come(kit):
         {"prompt_lookup_num_tokens": 2},
     ],
 )
-def test_generate_modes_give_the_masked_model_s_tokens(kit, settings):
-    tiny = kit.vlm("llava", dtype=F64)
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl", "gemma3"])
+def test_generate_modes_give_the_masked_model_s_tokens(kit, family, settings):
+    tiny = kit.vlm(family, dtype=F64, images=4, text=(30, 6))
     model = tiny.model
 
-    def generated():
+    def generated(**cache):
         torch.manual_seed(0)
-        return model.generate(**tiny.inputs, max_new_tokens=6, **settings).tolist()
+        return model.generate(**tiny.inputs, max_new_tokens=6, **settings, **cache).tolist()
 
     with prune(model, METHODS[0]) as session:
-        found = generated()
+        found = kit.stock_or_skip(generated)
         alive = {layer: x[:1] for layer, x in alive_of(session).items()}
     with masked(model, alive):
-        assert generated() == found
+        assert generated(past_key_values=DynamicCache()) == found
+
+
+def test_samples_of_survivors_numbered_anew_are_the_greedy_ones(kit):
+    tiny = kit.vlm("llava", batch=2, dtype=F64)
+    inputs = pad(tiny.inputs, left=[9, 0])
+    with prune(tiny.model, NUMBERED[1]):
+        greedy = tiny.model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        sampled = tiny.model.generate(**inputs, max_new_tokens=6, do_sample=True, top_k=1, num_return_sequences=2)
+    assert torch.equal(sampled, greedy.repeat_interleave(2, 0))
 
 
 def test_layers_hold_exactly_what_is_left(kit):
