@@ -10,7 +10,8 @@ import torch
 from mmkv_hf import compress, prune, reduce_images, share
 from mmkv_hf.encoder import _slots
 from mmkv_layershare import LazyPlan
-from mmkv_prune import ADSC, PruMerge, PruMergePlus, Reduced, TowerEvidence, VisionZip
+from mmkv_prune import ADSC, KeepRandom, KeepUniform, PruMerge, PruMergePlus, Reduced, TowerEvidence, VisionZip
+from mmkv_prune.random_drop import hashed_uniform
 from mmkv_testkit.families import FAMILIES, pad, unpadded
 from torch import nn
 from transformers import DynamicCache
@@ -21,7 +22,13 @@ ROUNDED = {"rtol": 2e-5, "atol": 2e-6}  # methods compute in float32
 MATTERS = 1e-2
 KNOWN = ["llava", "llava_next", "internvl", "idefics3", "smolvlm", "qwen2_vl"]
 BY_PLACE = {"llava_next", "qwen2_vl"}
-METHODS = [VisionZip(dominant=5, contextual=3), PruMerge(neighbours=4), PruMergePlus(neighbours=4)]
+METHODS = [
+    VisionZip(dominant=5, contextual=3),
+    PruMerge(neighbours=4),
+    PruMergePlus(neighbours=4),
+    KeepUniform(0.4),
+    KeepRandom(0.4),
+]
 PROJECTOR = {"idefics3": "connector.modality_projection", "qwen2_vl": "visual.merger.mlp"}
 PROJECTOR["smolvlm"] = PROJECTOR["idefics3"]
 IMAGE, VIDEO = 500, 501
@@ -111,7 +118,8 @@ def patches_of(model, count, tokens):
 
 def encoded(model, inputs, method):
     """Per image: features [V, C], attention [V], keys [V, D], feature of the CLS token or None."""
-    layer, apart = method.evidence.layer, method.evidence.heads == "apart"
+    how = method.evidence or TowerEvidence(-1, "apart")
+    layer, apart = how.layer, how.heads == "apart"
     heard = Heard(model, inputs, layer)
     grids = inputs.get("image_grid_thw", inputs.get("video_grid_thw"))
     sizes = None if grids is None else [int(h * w) for t, h, w in grids for _ in range(t)]
@@ -143,6 +151,13 @@ def chosen_by(method, x, a, keys, cls):
     """Tokens in the method's order: features and places, None for a token without one."""
     if isinstance(method, VisionZip):
         return zipped(x, a, keys, cls, method.dominant, method.contextual)
+    if isinstance(method, KeepUniform):
+        number = round(len(a) * method.keep)
+        return [(x[i], i) for i in (int((k + 0.5) * len(a) / number) for k in range(number))]
+    if isinstance(method, KeepRandom):
+        scores = hashed_uniform(method.seed, 0, torch.arange(1, len(a) + 1)).tolist()
+        best = sorted(range(len(a)), key=lambda i: -scores[i])[: round(len(a) * method.keep)]
+        return [(x[i], i) for i in sorted(best)]
     quartiles = torch.quantile(a, torch.tensor([0.25, 0.75], dtype=a.dtype))
     kept = [i for i in range(len(a)) if a[i] > quartiles[1] + 1.5 * (quartiles[1] - quartiles[0])]
     if isinstance(method, PruMergePlus):
@@ -579,7 +594,7 @@ class Twice:
 
 def test_what_the_model_cannot_do_is_refused_before_anything_runs(kit):
     model = kit.vlm("llava").model
-    with pytest.raises(TypeError, match="ADSC is none"):
+    with pytest.raises(TypeError, match="ADSC does not reduce images"):
         reduce_images(model, ADSC())
     with pytest.raises(ValueError, match="layer -3 of the vision tower, which has 2"):
         reduce_images(model, Deep())

@@ -23,6 +23,8 @@ from .opened import Context
 from .prune import _Step
 from .tower import Heard, evidence_of, has_cls, listening, site_of
 
+_UNREAD = TowerEvidence(layer=-1, heads="apart")
+"""What is handed to methods that look at neither attention nor keys; the sizes of images are taken from it as well."""
 _LEFT_OUT = float("-inf")
 """What the embedding of a column without a token is filled with. Stock models copy and rearrange image features on
 their way to the prompt, and repeat them for beams; a mark in the values goes all of these ways."""
@@ -85,10 +87,8 @@ class ReduceSession(Context):
     """
 
     def __init__(self, model: PreTrainedModel, method: Reducer) -> None:
-        if not isinstance(method, Reducer) or not isinstance(method.evidence, TowerEvidence):
-            raise TypeError(
-                f"a method that reduces images says what it sees of the tower; {type(method).__name__} is none"
-            )
+        if not isinstance(method, Reducer) or hasattr(method, "layers"):
+            raise TypeError(f"{type(method).__name__} does not reduce images; methods between layers are for `prune`")
         self.model, self.method = model, method
         self.last: Shortened | None = None
         self._site = site_of(model)
@@ -98,13 +98,14 @@ class ReduceSession(Context):
         self._hidden: Any = None
         self._free: Tensor | None = None
         self._given: Shortened | None = None
-        with listening(self._tower, method.evidence.layer):
+        self._evidence = method.evidence or _UNREAD
+        with listening(self._tower, self._evidence.layer):
             pass  # says now what would fail later
 
     def _enter(self, stack: ExitStack) -> None:
         projector = self.model.base_model.get_submodule(self._site.projector)
         decoder = self.model.get_decoder()
-        self._heard = stack.enter_context(listening(self._tower, self.method.evidence.layer))
+        self._heard = stack.enter_context(listening(self._tower, self._evidence.layer))
         hooks = [
             self._tower.register_forward_pre_hook(self._forget),
             self._tower.register_forward_hook(self._look_at),
@@ -184,7 +185,7 @@ class ReduceSession(Context):
         heard = self._heard if runs else self._heard[-1:]
         patches = sum(len(x.keys) * (x.keys.shape[1] - self._cls) for x in heard)
         group = patches // features[..., 0].numel()
-        found = [evidence_of(x, self.method.evidence, group=group, cls=self._cls, runs=runs) for x in heard]
+        found = [evidence_of(x, self._evidence, group=group, cls=self._cls, runs=runs) for x in heard]
         if not runs:
             return Encoded(features, *found[0], cls=self._cls_feature(features))
         sizes = torch.tensor([attention.shape[1] for attention, _ in found], device=features.device)
