@@ -1,8 +1,8 @@
 """Vision tokens that never reach deeper layers, on stock models (mmkv-prune's methods).
 
 Hooks on the decoder's layers gather what a method keeps while the prompt is read; layers from there on compute and
-cache the survivors alone. Survivors keep their rotations. What the decoder returns has a row for every token again,
-zeros where a token was dropped, so losses and hand-written loops work as before.
+cache the survivors alone, with the positions they had or numbered anew. What the decoder returns has a row for every
+token again, zeros where one was dropped, so losses and hand-written loops work as before.
 """
 
 from __future__ import annotations
