@@ -21,6 +21,7 @@ from .kinds import layer_kinds
 from .lazy_cache import BlockLayer, Layout, LazyCache, arrives_at_once
 from .opened import Opened
 from .split import Columns, Prefix, columns_of
+from .survivors import Held
 from .vision import VisionCache
 
 _PROJECTIONS = ("q_proj", "k_proj")
@@ -32,8 +33,7 @@ class Lending:
     Attributes:
         plan: who lends to whom.
         vision: [B, S] bool, in visual mode, of this pass.
-        held: layers that were given only some columns of the prompt: these [B, K] int64, whether each is real [B, K]
-            bool, and how many there were.
+        held: layers that were given only some columns of the prompt.
         lent: lazy layers served in this pass.
         cache: of this pass, where its layers attend to prefix and tail apart.
     """
@@ -41,7 +41,7 @@ class Lending:
     def __init__(self, plan: LazyPlan) -> None:
         self.plan = plan
         self.vision: Tensor | None = None
-        self.held: dict[int, tuple[Tensor, Tensor, int]] = {}
+        self.held: dict[int, Held] = {}
         self.lent = 0
         self.cache: LazyCache | None = None
         self._query: Tensor | None = None
@@ -82,7 +82,7 @@ class Lending:
         assert self.vision is not None
         vision = self.vision
         if layer in self.held:
-            columns, real, length = self.held[layer]
+            columns, real, length = self.held[layer][:3]
             vision = torch.cat([vision.gather(1, columns) & real, vision[:, length:]], dim=1)
         return vision[:, vision.shape[1] - count :]
 
