@@ -463,12 +463,19 @@ def test_generate_modes_give_the_tokens_of_the_prompt_by_hand(kit, family, setti
     if where.ndim == 3:
         by_hand["position_ids"] = torch.cat([torch.arange(embeds.shape[1]).expand(1, 1, -1), where])
 
+    def repeats_rows():
+        greedy = model.generate(**tiny.inputs, max_new_tokens=2, do_sample=False)
+        repeated = model.generate(**tiny.inputs, max_new_tokens=2, do_sample=True, top_k=1, num_return_sequences=2)
+        assert torch.equal(repeated, greedy.repeat_interleave(2, 0)), "rows of several images are repeated wrongly"
+
     def generated(inputs, **settings):
         torch.manual_seed(0)
         return model.generate(**inputs, max_new_tokens=6, **settings)[:, -6:].tolist()
 
+    if "num_return_sequences" in settings:
+        kit.stock_or_skip(repeats_rows)
     with reduce_images(model, METHODS[0]):
-        found = kit.stock_or_skip(lambda: generated(tiny.inputs, **settings))
+        found = generated(tiny.inputs, **settings)
     if "prompt_lookup_num_tokens" in settings:  # gives the greedy tokens, and needs the prompt's to look up
         settings = {"do_sample": False}
     assert found == generated(by_hand, **settings)
