@@ -532,6 +532,7 @@ def test_a_second_turn_of_a_padded_batch_goes_on(kit, family):
 def test_a_loop_without_positions_goes_on(kit, family):
     tiny = kit.vlm(family, dtype=F64)
     model, tokens = tiny.model, kit.words(1, 4)
+    tokens[0, 1] = IMAGE  # said by the model, there is no image behind it
     inputs = {name: x for name, x in tiny.inputs.items() if name != "attention_mask"}
     with reduce_images(model, METHODS[0]), torch.no_grad():
         out = model(**inputs, use_cache=True)
@@ -641,10 +642,14 @@ def test_what_cannot_work_is_refused_and_the_model_is_as_before(kit):
         model(**inputs, past_key_values=cache)
         with pytest.raises(ValueError, match="images in the first turn"):
             model(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"], past_key_values=cache)
+        with pytest.raises(ValueError, match="without the images"):
+            model(input_ids=inputs["input_ids"])
         with pytest.raises(ValueError, match="the config's, not the call's"):
             model(**inputs, vision_feature_layer=1)
-    with pytest.raises(ValueError, match="no room for more"), reduce_images(model, VisionZip(17, 3)):
+    with pytest.raises(ValueError, match="no room for more"), reduce_images(model, VisionZip(17, 3)) as session:
         model.generate(**inputs, max_new_tokens=2)
+    assert session._hidden is None
+    assert not session._heard
     assert state(model) == before
     assert torch.equal(kit.decode(model, inputs).logits, stock)
     with reduce_images(model, method), pytest.raises(ValueError, match="leave cache_implementation"):
