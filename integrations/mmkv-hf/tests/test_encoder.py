@@ -463,12 +463,19 @@ def test_generate_modes_give_the_tokens_of_the_prompt_by_hand(kit, family, setti
     if where.ndim == 3:
         by_hand["position_ids"] = torch.cat([torch.arange(embeds.shape[1]).expand(1, 1, -1), where])
 
+    def repeats_rows():
+        greedy = model.generate(**tiny.inputs, max_new_tokens=2, do_sample=False)
+        repeated = model.generate(**tiny.inputs, max_new_tokens=2, do_sample=True, top_k=1, num_return_sequences=2)
+        assert torch.equal(repeated, greedy.repeat_interleave(2, 0)), "rows of several images are repeated wrongly"
+
     def generated(inputs, **settings):
         torch.manual_seed(0)
         return model.generate(**inputs, max_new_tokens=6, **settings)[:, -6:].tolist()
 
+    if "num_return_sequences" in settings:
+        kit.stock_or_skip(repeats_rows)
     with reduce_images(model, METHODS[0]):
-        found = kit.stock_or_skip(lambda: generated(tiny.inputs, **settings))
+        found = generated(tiny.inputs, **settings)
     if "prompt_lookup_num_tokens" in settings:  # gives the greedy tokens, and needs the prompt's to look up
         settings = {"do_sample": False}
     assert found == generated(by_hand, **settings)
@@ -525,6 +532,7 @@ def test_a_second_turn_of_a_padded_batch_goes_on(kit, family):
 def test_a_loop_without_positions_goes_on(kit, family):
     tiny = kit.vlm(family, dtype=F64)
     model, tokens = tiny.model, kit.words(1, 4)
+    tokens[0, 1] = IMAGE  # said by the model, there is no image behind it
     inputs = {name: x for name, x in tiny.inputs.items() if name != "attention_mask"}
     with reduce_images(model, METHODS[0]), torch.no_grad():
         out = model(**inputs, use_cache=True)
@@ -634,10 +642,14 @@ def test_what_cannot_work_is_refused_and_the_model_is_as_before(kit):
         model(**inputs, past_key_values=cache)
         with pytest.raises(ValueError, match="images in the first turn"):
             model(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"], past_key_values=cache)
+        with pytest.raises(ValueError, match="without the images"):
+            model(input_ids=inputs["input_ids"])
         with pytest.raises(ValueError, match="the config's, not the call's"):
             model(**inputs, vision_feature_layer=1)
-    with pytest.raises(ValueError, match="no room for more"), reduce_images(model, VisionZip(17, 3)):
+    with pytest.raises(ValueError, match="no room for more"), reduce_images(model, VisionZip(17, 3)) as session:
         model.generate(**inputs, max_new_tokens=2)
+    assert session._hidden is None
+    assert not session._heard
     assert state(model) == before
     assert torch.equal(kit.decode(model, inputs).logits, stock)
     with reduce_images(model, method), pytest.raises(ValueError, match="leave cache_implementation"):

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from ._compat import modalities
 from .layers import CompressedLayer
 from .lazy_cache import LazyCache
 from .opened import Context
 from .prune import _Step
 from .tower import Heard, evidence_of, has_cls, listening, site_of
 
+_IMAGES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs", "image_hidden_states")
 _UNREAD = TowerEvidence(layer=-1, heads="apart")
 """What is handed to methods that look at neither attention nor keys; the sizes of images are taken from it as well."""
 _LEFT_OUT = float("-inf")
@@ -107,6 +109,7 @@ class ReduceSession(Context):
         decoder = self.model.get_decoder()
         self._heard = stack.enter_context(listening(self._tower, self._evidence.layer))
         hooks = [
+            self.model.register_forward_pre_hook(self._check_images, with_kwargs=True),
             self._tower.register_forward_pre_hook(self._forget),
             self._tower.register_forward_hook(self._look_at),
             projector.register_forward_pre_hook(self._shorten),
@@ -120,6 +123,16 @@ class ReduceSession(Context):
         stack.callback(setattr, self, "_given", None)
 
     # -- hooks, in the order of a forward pass
+
+    def _check_images(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Older versions of transformers read a prompt in chunks without its images, and say nothing."""
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            return  # what a model says, and drafts of it, may hold placeholders
+        kinds = modalities(model.config, args[0] if args else kwargs.get("input_ids"), None)
+        given = any(kwargs.get(name) is not None for name in _IMAGES)
+        if not given and kinds is not None and bool((kinds > 0).any()):
+            raise ValueError("placeholders of images without the images: leave prefill_chunk_size out")
 
     def _forget(self, *ignored: Any) -> None:
         self._heard.clear()
