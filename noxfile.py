@@ -167,6 +167,13 @@ def accounting(session: nox.Session) -> None:
     session.run("python", "benchmarks/accounting/run.py", env={"OMP_NUM_THREADS": "1"})
 
 
+@nox.session
+def lazy(session: nox.Session) -> None:
+    """Speed of lazy layers beside the plain model; ten minutes on one core, better a quiet one."""
+    install(session)
+    session.run("python", "benchmarks/speed/lazy.py", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
 @nox.session(name="train")
 def train(session: nox.Session) -> None:
     """Trains the bundled model from its seed, on one thread."""

@@ -4,11 +4,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from mmkv_hf import share
+from mmkv_hf import attention, share
 from mmkv_hf.kinds import layer_kinds
+from mmkv_hf.lazy import Lending
 from mmkv_hf.lazy_cache import LazyCache, pack, spread
 from mmkv_layershare import LazyPlan
-from mmkv_testkit.families import FAMILIES
+from mmkv_testkit.families import FAMILIES, IMAGE_TOKEN_ID, build
 from torch.nn.functional import pad as widen
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import sdpa_mask
@@ -182,6 +183,271 @@ def test_a_second_turn_goes_on_with_the_cache(kit, mode):
         second = kit.decode(tiny.model, turn, past_key_values=session.last)
         whole = kit.decode(tiny.model, turn | {"pixel_values": tiny.inputs["pixel_values"]}, second.tokens)
     assert kit.difference(second.logits, whole.logits) < EXACT
+
+
+VISION_START = 502
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    """Counts the calls that attend to vision and text apart."""
+    calls = []
+    split = attention.split_attention
+    monkeypatch.setattr(attention, "split_attention", lambda *args: calls.append(0) or split(*args))
+    return calls
+
+
+def mixed(kit, name, dtype=F64):
+    """Three left-padded rows: more vision tokens, fewer, none; two images of llava, other sizes of qwen2_vl."""
+    model = kit.vlm(name, dtype=dtype).model
+    image = [IMAGE_TOKEN_ID] * 8
+    torch.manual_seed(3)
+    if name == "llava":
+        middles = [image * 2 + [5, 6] + image * 2, image * 2, []]
+        more = {"pixel_values": torch.randn(3, 3, 56, 56, dtype=dtype)}
+    else:
+        middles = [[VISION_START, *image * 3], [VISION_START, *image], []]
+        more = {"pixel_values": torch.randn(128, 1176, dtype=dtype)}
+        more["image_grid_thw"] = torch.tensor([[1, 8, 12], [1, 4, 8]])
+    rows = [[7, 8 + i, *middle, *kit.words(1, 11 + 4 * i, seed=i)[0].tolist()] for i, middle in enumerate(middles)]
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long(), **more}
+    if name != "llava":
+        inputs["mm_token_type_ids"] = (ids == IMAGE_TOKEN_ID).int()
+    return model, inputs
+
+
+def passes(model, cache, chunks):
+    """Last logits [B, n, V] of forward passes one after the other; they may bring images, be padded, or hide tokens."""
+    mask, logits = None, []
+    for chunk in chunks:
+        new = chunk.pop("attention_mask", torch.ones_like(chunk["input_ids"]))
+        for row, column in chunk.pop("hides", ()):
+            mask[row, column] = 0
+        mask = new.clone() if mask is None else torch.cat([mask, new], 1)
+        logits.append(model(**chunk, attention_mask=mask, past_key_values=cache).logits[:, -1])
+    return torch.stack(logits, 1)
+
+
+def both_pass(model, plan, chunks):
+    """`passes` in a session and by hand, where each pass knows the vision tokens of all before it."""
+    with share(model, plan) as session, torch.no_grad():
+        cache = session.cache()
+        found = passes(model, cache, [dict(chunk) for chunk in chunks])
+    whole = {"input_ids": torch.cat([chunk["input_ids"] for chunk in chunks], 1)}
+    with by_hand(model, plan, whole), torch.no_grad():
+        wanted = passes(model, DynamicCache(config=model.config.get_text_config()), [dict(chunk) for chunk in chunks])
+    return found, wanted, cache
+
+
+@MODES
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_rows_with_other_images_or_none_are_read_apart(kit, apart, name, mode):
+    model, inputs = mixed(kit, name)
+    plan = plan_of(model, mode)
+    found, wanted, cache = both(kit, model, inputs, plan)
+    assert kit.difference(found.logits, wanted.logits) < EXACT
+    assert len(apart) == (kit.STEPS - 1) * 4, "every layer of a block, every step after the prompt"
+    real = inputs["attention_mask"].bool() & (inputs["input_ids"] != IMAGE_TOKEN_ID)
+    heads, steps = cache.layers[0].tail_keys.shape[1], kit.STEPS - 1
+    if mode == "visual":
+        assert cache.layers[0].tail_keys.shape[2] == real.sum(1).max() + steps, "padding is not stored"
+    else:
+        assert cache.layers[0].tail_keys.shape[2] == steps
+        assert len(cache.layers[0].prefix_keys) == heads * inputs["attention_mask"].sum(), "padding is not stored"
+
+
+@MODES
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_beams_of_rows_with_other_images(kit, apart, name, mode):
+    model, inputs = mixed(kit, name)
+    plan = plan_of(model, mode)
+    settings = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 6, "do_sample": False}
+    with share(model, plan):
+        found = model.generate(**inputs, **settings)
+    assert apart
+    with by_hand(model, plan, inputs):
+        assert torch.equal(model.generate(**inputs, **settings), found)
+
+
+@MODES
+def test_another_image_in_a_later_turn(kit, apart, mode):
+    """Rows get images at other places, text of other lengths, and no image at all; steps in between and after."""
+    model, inputs = mixed(kit, "llava")
+    image = [IMAGE_TOKEN_ID] * 16
+    second = torch.tensor([[0] * 16 + [9, 10, 11], [9, *image, 10, 11], [0, *image, 10, 11]])
+    turn = {"input_ids": second, "attention_mask": (second != 0).long(), "pixel_values": inputs["pixel_values"][:2]}
+    step = [{"input_ids": kit.words(3, n, seed=n)} for n in (1, 2, 5)]
+    chunks = [inputs, step[0], step[0], turn, step[0], step[1], step[2], step[0]]
+    found, wanted, cache = both_pass(model, plan_of(model, mode), chunks)
+    assert kit.difference(found, wanted) < EXACT
+    assert len(apart) == 6 * 4
+    entries = (32 + 16 + 16 + 16) if mode == "visual" else inputs["attention_mask"].sum()
+    assert len(cache.layers[0].prefix_keys) == entries * cache.layers[0].tail_keys.shape[1]
+
+
+@MODES
+def test_an_image_between_steps_without_padding(kit, apart, mode):
+    """Nothing is masked, so nothing but the cache tells the passes before the second image from those after it."""
+    tiny = kit.vlm("llava", dtype=F64)
+    step = {"input_ids": kit.words(1, 1)}
+    chunks = [tiny.inputs, step, {name: x for name, x in tiny.inputs.items() if name != "attention_mask"}, step]
+    found, wanted, _ = both_pass(tiny.model, plan_of(tiny.model, mode), chunks)
+    assert kit.difference(found, wanted) < EXACT
+    assert len(apart) == 2 * 4
+
+
+def test_layers_with_masks_of_their_own_are_not_confused(kit):
+    model, inputs = mixed(kit, "llava")
+    plan = plan_of(model, "visual")
+    with share(model, plan) as session, torch.no_grad():
+        cache = session.cache()
+        model(**inputs, past_key_values=cache)
+    cache.layout.extend(torch.zeros(3, 1, dtype=torch.bool))
+    lending, query = Lending(plan), torch.zeros(3, 4, 1, 8)
+    lending.begin(cache.layout.prefix, cache)
+    masks = [torch.ones(3, 1, 1, inputs["input_ids"].shape[1] + 1, dtype=torch.bool) for _ in range(2)]
+    masks[1][0, :, :, 20] = False
+    found = [lending.prefix_of(layer, query, mask).columns.prefix_mask for layer, mask in enumerate(masks)]
+    assert found[0] is None
+    assert int((~found[1]).sum()) == cache.layers[0].tail_keys.shape[1]
+
+
+@MODES
+@pytest.mark.parametrize("count", [2, 32, 33])
+def test_longer_passes_of_text_after_an_image(kit, apart, count, mode):
+    model, inputs = mixed(kit, "llava")
+    chunks = [inputs, {"input_ids": kit.words(3, count)}, {"input_ids": kit.words(3, 1)}]
+    found, wanted, _ = both_pass(model, plan_of(model, mode), chunks)
+    assert kit.difference(found, wanted) < EXACT
+    assert len(apart) == (8 if count <= 32 else 4)
+
+
+@MODES
+def test_padded_text_after_an_image(kit, mode):
+    model, inputs = mixed(kit, "llava")
+    new = torch.tensor([[0, 0, 9, 10], [0, 9, 10, 11], [9, 10, 11, 12]])
+    turn = {"input_ids": new, "attention_mask": (new != 0).long()}
+    found, wanted, _ = both_pass(model, plan_of(model, mode), [inputs, turn, {"input_ids": kit.words(3, 1)}])
+    assert kit.difference(found, wanted) < EXACT
+
+
+@MODES
+def test_what_a_later_mask_hides_is_hidden(kit, apart, mode):
+    """Vision tokens and text that were visible when they were read."""
+    model, inputs = mixed(kit, "llava")
+    steps = [{"input_ids": kit.words(3, n)} for n in (1, 3)]
+    hiding = steps[0] | {"hides": [(0, 20), (0, 4), (1, -3), (1, 22), (2, -1)]}
+    found, wanted, _ = both_pass(model, plan_of(model, mode), [inputs, hiding, steps[1]])
+    assert kit.difference(found, wanted) < EXACT
+    seen, _, _ = both_pass(model, plan_of(model, mode), [inputs, *steps])
+    assert kit.difference(found, seen) > MATTERS
+    assert len(apart) == 2 * 2 * 4
+
+
+@MODES
+def test_what_a_mask_hides_at_first_is_not_stored(kit, mode):
+    model, inputs = mixed(kit, "llava")
+    mask = inputs["attention_mask"].clone()
+    mask[0, 20] = mask[1, -3] = 0
+    step = {"input_ids": kit.words(3, 1)}
+    found, wanted, cache = both_pass(model, plan_of(model, mode), [inputs | {"attention_mask": mask}, step])
+    assert kit.difference(found, wanted) < EXACT
+    with share(model, cache.plan), pytest.raises(ValueError, match="shows tokens that it hid"):
+        model(**step, attention_mask=grown(inputs, 2), past_key_values=cache)
+
+
+@MODES
+@pytest.mark.parametrize("name", ["llava", "paligemma2"])
+def test_steps_with_gradients_equal_steps_without(kit, apart, name, mode):
+    """Recording gradients joins keys, which sdpa or torch attend to; PaliGemma 2 caps its logits."""
+    settings = {} if name == "llava" else {"layer_types": ["full_attention"] * 4}
+    tiny = build(name, dtype=F64, **settings)
+    chunks = [tiny.inputs, *({"input_ids": kit.words(1, 1, seed=n)} for n in range(3))]
+    logits = []
+    for records in (False, True):
+        with share(tiny.model, plan_of(tiny.model, mode)) as session, torch.set_grad_enabled(records):
+            logits.append(passes(tiny.model, session.cache(), [dict(chunk) for chunk in chunks]))
+    assert len(apart) == 3 * 4
+    assert kit.difference(logits[0], logits[1].detach()) < EXACT
+    weight = tiny.model.get_decoder().layers[0].self_attn.k_proj.weight
+    assert torch.autograd.grad(logits[1][:, -1].square().mean(), weight)[0].any()
+
+
+@MODES
+def test_a_step_leaves_vision_where_it_is(kit, mode):
+    model, inputs = mixed(kit, "llava", torch.float32)
+    with share(model, plan_of(model, mode)) as session, torch.no_grad():
+        cache = session.cache()
+        model(**inputs, past_key_values=cache)
+        held = [x for layer in cache.layers for x in (layer.prefix_keys, layer.prefix_values)]
+        for n in range(3):
+            model(input_ids=kit.words(3, 1), attention_mask=grown(inputs, n + 1), past_key_values=cache)
+        after = [x for layer in cache.layers for x in (layer.prefix_keys, layer.prefix_values)]
+    assert all(a is b for a, b in zip(held, after, strict=True))
+    assert [len(layer.prefix_keys) > 0 for layer in cache.layers] == [True, False] * 2, "lazy layers hold no such keys"
+
+
+def grown(inputs, more):
+    return widen(inputs["attention_mask"], (0, more), value=1)
+
+
+@MODES
+def test_rows_of_a_cache_can_be_cropped_repeated_and_chosen(kit, apart, mode):
+    """Cropping reaches back over text whose rows are padded; what is left goes on as if nothing else had been."""
+    model, inputs = mixed(kit, "llava")
+    plan, order, step = plan_of(model, mode), torch.tensor([1, 2, 0]), {"input_ids": kit.words(3, 1)}
+    new = torch.tensor([[0, 0, 9, 10], [0, 9, 10, 11], [9, 10, 11, 12]])
+    turn = {"input_ids": new, "attention_mask": (new != 0).long()}
+    kept = [
+        {name: x[order] for name, x in inputs.items() if name != "pixel_values"},
+        {name: x[order, :1] for name, x in turn.items()},
+    ]
+    kept[0]["pixel_values"] = inputs["pixel_values"][[2, 0, 1]]
+    with share(model, plan) as session, torch.no_grad():
+        cache = session.cache()
+        passes(model, cache, [dict(inputs), dict(turn)])
+        cache.crop(-3)
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(2 * order)
+        mask = widen(torch.cat([chunk["attention_mask"] for chunk in kept], 1), (0, 1), value=1)
+        found = model(**step, attention_mask=mask, past_key_values=cache).logits[:, -1]
+    assert len(apart) == 4
+    _, wanted, same = both_pass(model, plan, [*kept, step])
+    assert kit.difference(found, wanted[:, -1]) < EXACT
+    assert cache.layers[1].tail_keys.shape == same.layers[1].tail_keys.shape
+
+
+def test_global_mode_forgets_part_of_the_prompt(kit):
+    model, inputs = mixed(kit, "llava")
+    plan, step = plan_of(model, "global"), {"input_ids": kit.words(3, 1)}
+    width = inputs["input_ids"].shape[1]
+    with share(model, plan) as session, torch.no_grad():
+        cache = session.cache()
+        passes(model, cache, [dict(inputs), dict(step)])
+        cache.crop(-5)
+        mask = widen(inputs["attention_mask"][:, : width - 4], (0, 1), value=1)
+        found = model(**step, attention_mask=mask, past_key_values=cache).logits[:, -1]
+    shorter = {name: x[:, : width - 4] if name != "pixel_values" else x for name, x in inputs.items()}
+    _, wanted, _ = both_pass(model, plan, [shorter, step])
+    assert kit.difference(found, wanted[:, -1]) < EXACT
+
+
+def test_a_decoder_called_alone_is_refused_in_visual_mode_or_later(kit):
+    """The session sees calls of the model; global mode needs to know nothing, as long as it never does."""
+    tiny = kit.vlm("llava")
+    decoder, embeds = tiny.model.get_decoder(), torch.zeros(1, 40, tiny.text_config.hidden_size)
+    for mode in ("visual", "global"):
+        with share(tiny.model, plan_of(tiny.model, mode)) as session, torch.no_grad():
+            if mode == "visual":
+                with pytest.raises(RuntimeError, match="given to the model"):
+                    decoder(inputs_embeds=embeds, past_key_values=session.cache())
+                continue
+            cache = session.cache()
+            decoder(inputs_embeds=embeds, past_key_values=cache)
+            with pytest.raises(RuntimeError, match="given to the model"):
+                tiny.model(input_ids=kit.words(1, 1), past_key_values=cache)
 
 
 @MODES

@@ -234,7 +234,9 @@ def padding_counts_for_the_budget(monkeypatch):
 def padding_seen(monkeypatch):
     """The mask is dropped on the way to the ragged cache."""
     true = attention._ragged
-    monkeypatch.setattr(attention, "_ragged", lambda layer, query, mask, *rest: true(layer, query, None, *rest))
+    monkeypatch.setattr(
+        attention, "_ragged", lambda layer, query, key, value, mask, *rest: true(layer, query, key, value, None, *rest)
+    )
 
 
 def mask_not_gathered(monkeypatch):

@@ -205,7 +205,7 @@ def test_budget_in_bytes_is_kept(kit):
 
 @pytest.mark.parametrize("source", ["adakw", "snapkv(windw=3)", "snapkv+h2o", "snapkv(", ""])
 def test_unknown_pipelines(kit, source):
-    with pytest.raises(ValueError, match=r"(?i)unknown|settings|two|brackets|a name is missing"):
+    with pytest.raises(ValueError, match=r"(?i)unknown|settings|two|brackets|a stage is missing"):
         compress(kit.vlm("llava").model, source, 30)
 
 

@@ -4,16 +4,16 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from mmkv_hf import Budget, Stages, compress, prune
+from mmkv_hf import Budget, Stages, compress, prune, set_attention
 from mmkv_hf.follower import FollowerLayer
 from mmkv_hf.kinds import layer_kinds
 from mmkv_layershare import LazyPlan
 from mmkv_pipelines import Pipeline
 from mmkv_prune import ADSC, FastV, PyramidDrop, RandomDrop, SparseVLM
-from mmkv_testkit.families import FAMILIES
+from mmkv_testkit.families import FAMILIES, pad
 from mmkv_testkit.oracle import MaskedDense, Round
 from torch.nn.functional import pad as widen
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import sdpa_mask
 
 F64 = torch.float64
@@ -27,10 +27,6 @@ METHODS = [
     PyramidDrop(layers=(1, 2, 3), keep=(0.6, 0.4, 0.2)),
     SparseVLM(layers=(1, 3), keep=(0.6, 0.3)),
 ]
-
-
-def first_layer(model):
-    return 3 if "qwen3_vl" in model.config.model_type else 1
 
 
 def alive_of(session, heads):
@@ -70,8 +66,7 @@ def test_pruned_and_evicted_equals_both_masks(kit, family, is_padded):
     else:
         tiny = kit.vlm(family, dtype=F64)
         model, inputs = tiny.model, tiny.inputs
-    first = first_layer(model)
-    method = ADSC(layers=(first,) if first > 1 else (1, 3), stride=2)
+    method = METHODS[0]
     stock = kit.decode(model, inputs)
     found, cache, alive = pruned_and_compressed(kit, model, inputs, method, stock.tokens)
     check_against_masks(kit, model, inputs, found, cache, alive)
@@ -106,6 +101,22 @@ def test_rows_that_hold_different_counts(kit):
         assert not alive[1][0].all()
         assert len(set(alive[1][:, 0].sum(-1).tolist())) == 2
         check_against_masks(kit, tiny.model, inputs, found, cache, alive)
+
+
+def test_survivors_numbered_anew_are_evicted(kit):
+    """Against a stock cache behind the same pruning, in whose physical columns the evicted ones are forbidden."""
+    tiny = kit.vlm("llava", batch=2, dtype=F64)
+    model, inputs = tiny.model, pad(tiny.inputs, left=[9, 0])
+    method = ADSC(layers=(1, 3), stride=2, positions="reindex")
+    with prune(model, method), compress(model, kit.PIPELINE, kit.BUDGET) as session:
+        found = kit.decode(model, inputs, 5)
+    keep = session.last.kept_masks()
+    with prune(model, method) as pruning:
+        set_attention(model, PHYSICAL)
+        _STATE.update(keep=keep, held=pruning)
+        wanted = kit.decode(model, inputs, found.tokens)
+    assert kit.difference(found.logits, wanted.logits) < EXACT
+    assert kit.difference(found.logits, prune_alone(kit, model, inputs, method, found.tokens).logits) > MATTERS
 
 
 @pytest.mark.parametrize("budget", [25, 4096])
@@ -200,6 +211,7 @@ def reference_attention(module, query, key, value, attention_mask, dropout=0.0, 
         query = torch.where(vision[:, :, columns - rows :], _STATE["lent"][anchor][0], query)
         key = torch.where(vision, _STATE["lent"][anchor][1], key)
     logits = query.double() @ key.double().repeat_interleave(group, 1).transpose(-1, -2) * scaling
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     weights = logits.masked_fill(~attention_mask, -torch.inf).softmax(-1).nan_to_num(0)
     if plan.mode == "global" and anchor != layer:
         weights = _STATE["lent"][anchor]
@@ -211,6 +223,27 @@ def reference_attention(module, query, key, value, attention_mask, dropout=0.0, 
 
 AttentionInterface.register(NAME, reference_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def physical_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, softcap=None, **kwargs):
+    """Eager attention in float64 over the columns a stock cache holds behind pruning, evicted ones forbidden."""
+    layer, group, rows, columns = module.layer_idx, query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
+    if attention_mask is None:
+        attention_mask = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)[None, None]
+    if rows == 1:
+        keep, held = _STATE["keep"][layer], _STATE["held"].held.get(layer)
+        if held is not None:
+            keep = keep.gather(2, held.columns[:, None].expand(-1, keep.shape[1], -1)) & held.real[:, None]
+        kept = widen(keep, (0, columns - keep.shape[2]), value=True)
+        attention_mask = attention_mask & kept.repeat_interleave(group, 1)[:, :, None]
+    logits = query.double() @ key.double().repeat_interleave(group, 1).transpose(-1, -2) * scaling
+    weights = logits.masked_fill(~attention_mask, -torch.inf).softmax(-1).nan_to_num(0)
+    return (weights @ value.double().repeat_interleave(group, 1)).transpose(1, 2).to(query.dtype).contiguous(), None
+
+
+PHYSICAL = "mmkv_physical_reference"
+AttentionInterface.register(PHYSICAL, physical_attention)
+AttentionMaskInterface.register(PHYSICAL, sdpa_mask)
 
 
 @contextmanager
@@ -239,6 +272,23 @@ def shared_and_compressed(kit, model, inputs, stages, tokens, budget, **settings
     with by_hand(model, stages.share, inputs, [Round(held, 0), Round(keep, end)]):
         wanted = kit.decode(model, inputs, found.tokens)
     return found, wanted, session.last
+
+
+@pytest.mark.parametrize("left", [(0, 0), (5, 0)])
+@pytest.mark.parametrize("family", ["gemma3", "paligemma2"])
+def test_layers_that_slide_between_those_that_evict(kit, family, left):
+    """Those that slide are pruned too, and keep what their window holds."""
+    text = (0, 12) if family == "paligemma2" else (30, 6)
+    tiny = kit.vlm(family, batch=2, dtype=F64, images=4, text=text)
+    model, inputs = tiny.model, pad(tiny.inputs, left=left)
+    with prune(model, METHODS[0]) as pruning, compress(model, kit.PIPELINE, kit.BUDGET) as session:
+        found = kit.decode(model, inputs, 12)
+    alive = alive_of(pruning, tiny.text_config.num_key_value_heads)
+    rounds = [Round(alive, 0), Round(session.last.kept_masks(), inputs["input_ids"].shape[1])]
+    with by_hand(model, LazyPlan(len(layer_kinds(model))), inputs, rounds):
+        wanted = kit.decode(model, inputs, found.tokens, past_key_values=DynamicCache())
+    assert kit.difference(found.logits, wanted.logits) < EXACT
+    assert kit.difference(found.logits, prune_alone(kit, model, inputs, METHODS[0], found.tokens).logits) > MATTERS
 
 
 @MODES

@@ -1,13 +1,25 @@
 """PruMerge, PruMerge+ and VisionZip against loops in float64."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmkv_prune import Encoded, PruMerge, PruMergePlus, Reducer, TowerEvidence, VisionZip, tower_attention, tower_keys
+from mmkv_prune import (
+    Encoded,
+    KeepRandom,
+    KeepUniform,
+    PruMerge,
+    PruMergePlus,
+    Reducer,
+    TowerEvidence,
+    VisionZip,
+    tower_attention,
+    tower_keys,
+)
 from mmkv_prune.prumerge import outliers
 
 quick = settings(deadline=None, max_examples=60)
@@ -241,3 +253,35 @@ def test_no_images():
     none = Encoded(torch.ones(0, 5, 3), torch.ones(0, 5), torch.ones(0, 5, 2))
     for method in (PruMerge(), PruMergePlus(), VisionZip()):
         assert method(none).features.shape[0] == 0
+
+
+@quick
+@given(
+    seed=seeds,
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    keep=st.sampled_from([0.01, 0.25, 0.5, 1.0]),
+)
+def test_controls(seed, sizes, keep):
+    seen = encoded(seed, sizes)
+    uniform, random = KeepUniform(keep)(seen), KeepRandom(keep, seed)(seen)
+    for row, size in enumerate(sizes):
+        x, number = row_of(seen, row)[0], min(max(1, round(size * keep)), size)
+        wanted = [int((k + Fraction(1, 2)) * size / number) for k in range(number)]
+        check(uniform, row, [x[i] for i in wanted], wanted)
+        chosen = random.source[row, random.valid[row]].tolist()
+        assert len(chosen) == number
+        assert chosen == sorted(chosen)
+        check(random, row, [x[i] for i in chosen], chosen)
+        alone = KeepRandom(keep, seed)(encoded(seed + 1, [size]))
+        assert alone.source[0].tolist() == chosen
+
+
+def test_controls_ask_for_nothing():
+    assert KeepUniform.evidence is KeepRandom.evidence is None
+    assert isinstance(KeepUniform(), Reducer)
+    assert KeepRandom(0.5, 1)(encoded(0, [40])).source.tolist() != KeepRandom(0.5, 2)(encoded(0, [40])).source.tolist()
+    for wrong in ({"keep": 0.0}, {"keep": 1.5}, {"seed": -1}):
+        with pytest.raises(ValueError, match="KeepRandom"):
+            KeepRandom(**wrong)
+    with pytest.raises(TypeError, match="KeepUniform keep"):
+        KeepUniform("all")

@@ -5,6 +5,7 @@ from mmkv_pipelines import Budget, Pipeline, Stages, register
 from ._compat import set_attention
 from .cache import CompressedCache
 from .calibrate import plot_divergences, profile_layers
+from .encoder import ReduceSession, reduce_images
 from .lazy import LazySession, share
 from .lazy_cache import LazyCache
 from .profile import LabelledPage, TextBox, profile_heads, read_pages
@@ -21,6 +22,7 @@ __all__ = [
     "LazySession",
     "Pipeline",
     "PruneSession",
+    "ReduceSession",
     "Report",
     "Session",
     "Stages",
@@ -31,6 +33,7 @@ __all__ = [
     "profile_layers",
     "prune",
     "read_pages",
+    "reduce_images",
     "register",
     "set_attention",
     "share",

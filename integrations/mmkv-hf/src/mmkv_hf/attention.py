@@ -15,6 +15,7 @@ from ._compat import ATTENTION
 from .cross import CrossLayer
 from .handle import layer_of
 from .layers import CompressedLayer
+from .split import split_attention
 
 
 def attention_forward(
@@ -43,12 +44,15 @@ def attention_forward(
         [B, n, Hq, Dv] and None for the weights.
     """
     watch, lending = kwargs.pop("mmkv_watch", None), kwargs.pop("mmkv_lending", None)
-    layer = layer_of(key)
-    if lending is not None:
-        query, key = lending.exchange(module.layer_idx, query, key)
     _check_extras(kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     softcap = kwargs.pop("softcap", None)
+    layer = layer_of(key)
+    if lending is not None:
+        query, key = lending.exchange(module.layer_idx, query, key)
+        prefix = lending.prefix_of(module.layer_idx, query, _as_bool(attention_mask))
+        if prefix is not None:
+            return split_attention(query, key, value, prefix, scaling, softcap), None
     if watch is not None:
         watch(query, key, _as_bool(attention_mask), scaling, softcap)
     if layer is None:

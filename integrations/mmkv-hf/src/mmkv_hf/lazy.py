@@ -18,9 +18,11 @@ from transformers import PreTrainedModel
 
 from ._compat import attributes_set, modalities
 from .kinds import layer_kinds
-from .lazy_cache import LazyCache
+from .lazy_cache import BlockLayer, Layout, LazyCache, arrives_at_once
 from .opened import Opened
-from .vision import Vision, VisionCache
+from .split import Columns, Prefix, columns_of
+from .survivors import Held
+from .vision import VisionCache
 
 _PROJECTIONS = ("q_proj", "k_proj")
 
@@ -31,26 +33,31 @@ class Lending:
     Attributes:
         plan: who lends to whom.
         vision: [B, S] bool, in visual mode, of this pass.
-        held: layers that were given only some columns of the prompt: these [B, K] int64, whether each is real [B, K]
-            bool, and how many there were.
+        held: layers that were given only some columns of the prompt.
         lent: lazy layers served in this pass.
+        cache: of this pass, where its layers attend to prefix and tail apart.
     """
 
     def __init__(self, plan: LazyPlan) -> None:
         self.plan = plan
         self.vision: Tensor | None = None
-        self.held: dict[int, tuple[Tensor, Tensor, int]] = {}
+        self.held: dict[int, Held] = {}
         self.lent = 0
+        self.cache: LazyCache | None = None
         self._query: Tensor | None = None
         self._key: Tensor | None = None
+        self._columns: tuple[Tensor | None, int, Columns] | None = None
 
-    def begin(self, vision: Tensor | None) -> None:
+    def begin(self, vision: Tensor | None, cache: LazyCache | None = None) -> None:
         """A forward pass over tokens of which `vision` [B, S] are vision tokens, cached ones included."""
-        self.vision, self.held, self.lent = vision, {}, 0
-        self._query = self._key = None
+        self.vision, self.held, self.cache, self.lent = vision, {}, cache, 0
+        self._query = self._key = self._columns = None
 
     def exchange(self, layer: int, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries [B, Hq, n, D] and keys [B, H, S, D] that `layer` attends with, from its own."""
+        """Queries [B, Hq, n, D] and keys [B, H, S, D] that `layer` attends with, from its own.
+
+        Where prefix and tail are attended to apart, the keys are those of the tail.
+        """
         anchor = self.plan.anchor(layer)
         if anchor == layer:
             if self.plan.last_reader(layer) > layer:
@@ -64,6 +71,8 @@ class Lending:
         self.lent += 1
         if self.vision is None:
             return borrowed
+        if self.cache is not None or not self.vision.any():
+            return query, key
         rows = self.latest(layer, query.shape[2])[:, None, :, None]
         columns = self.latest(layer, key.shape[2])[:, None, :, None]
         return torch.where(rows, borrowed[0], query), torch.where(columns, borrowed[1], key)
@@ -73,9 +82,25 @@ class Lending:
         assert self.vision is not None
         vision = self.vision
         if layer in self.held:
-            columns, real, length = self.held[layer]
+            columns, real, length = self.held[layer][:3]
             vision = torch.cat([vision.gather(1, columns) & real, vision[:, length:]], dim=1)
         return vision[:, vision.shape[1] - count :]
+
+    def prefix_of(self, layer: int, query: Tensor, mask: Tensor | None) -> Prefix | None:
+        """What `layer` attends to beside the tail it holds; None where it attends to everything at once.
+
+        Args:
+            layer: its index.
+            query: [B, Hq, n, D].
+            mask: bool [1 or B, 1, n, S] of logical columns, or None for causal.
+        """
+        own = None if self.cache is None else self.cache.layers[layer]
+        if self.cache is None or not isinstance(own, BlockLayer):
+            return None
+        heads, lender = own.tail_values.shape[1], self.cache.layers[self.plan.anchor(layer)]
+        if self._columns is None or self._columns[0] is not mask or self._columns[1] != heads:
+            self._columns = mask, heads, columns_of(*self.cache.layout.parts(), mask, heads, query.shape[2])
+        return Prefix(lender.prefix_keys, own.prefix_values, self._columns[2])
 
 
 class _Projection(nn.Module):
@@ -90,6 +115,9 @@ class _Projection(nn.Module):
         if self.lending.vision is None:
             return x.new_zeros(()).expand(shape)
         is_text = ~self.lending.latest(self.layer, x.shape[1])
+        if bool(is_text.all()):
+            everything: Tensor = self.projection(x)
+            return everything
         projected: Tensor = self.projection(x[is_text])
         return projected.new_zeros(shape).index_put((is_text,), projected)
 
@@ -159,19 +187,31 @@ class Borrowing:
     def _begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if model.training and getattr(model, "is_gradient_checkpointing", False):
             raise RuntimeError("gradient checkpointing runs layers anew, out of the order lazy layers borrow in")
-        if self.plan.mode == "global":
-            self._lending.begin(None)
+        cache, mask, visual = kwargs.get("past_key_values"), kwargs.get("attention_mask"), self.plan.mode == "visual"
+        new = self._new(model, args[0] if args else kwargs.get("input_ids"), kwargs)
+        if isinstance(cache, VisionCache):
+            if visual and new is not None:
+                cache.vision.extend(new)
+            self._lending.begin(cache.vision.seen)
             return
-        cache = kwargs.get("past_key_values")
-        ids = args[0] if args else kwargs.get("input_ids")
-        new = modalities(model.config, ids, kwargs.get("mm_token_type_ids"))
-        if new is None:
+        held = cache if isinstance(cache, LazyCache) else None
+        layout = Layout() if held is None else held.layout
+        if new is not None:
+            trains = model.training or torch.is_grad_enabled()
+            layout.extend(new, layout.hidden(mask, new.shape[1]), may_split=not trains)
+        self._lending.begin(layout.prefix if visual else None, held if layout.is_split else None)
+
+    def _new(self, model: Any, ids: Tensor | None, inputs: dict[str, Any]) -> Tensor | None:
+        """[B, n] bool, which tokens of a pass stay where they are."""
+        if self.plan.mode == "global":
+            tokens = inputs.get("inputs_embeds") if ids is None else ids
+            return None if tokens is None else arrives_at_once(tokens)
+        kinds = modalities(model.config, ids, inputs.get("mm_token_type_ids"))
+        if kinds is None:
             raise ValueError(
                 "visual mode has to know the vision tokens: pass input_ids, or mm_token_type_ids beside inputs_embeds"
             )
-        vision = cache.vision if isinstance(cache, VisionCache) else Vision()
-        vision.extend(new > 0)
-        self._lending.begin(vision.seen)
+        return kinds > 0
 
     def _lend(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, "mmkv_lending": self._lending}

@@ -12,18 +12,20 @@ from . import attention  # noqa: F401  registers the attention function
 from ._compat import ATTENTION, attention_set
 
 
-class Opened:
-    """A context in which `model` attends through mmkv; what `_enter` puts on the stack is undone on exit."""
+class Context:
+    """A context around `model`; what `_enter` puts on the stack is undone on exit."""
 
     model: PreTrainedModel
     _stack: ExitStack
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            stack.enter_context(attention_set(self.model, ATTENTION))
-            self._enter(stack)
+            self._open(stack)
             self._stack = stack.pop_all()
         return self
+
+    def _open(self, stack: ExitStack) -> None:
+        self._enter(stack)
 
     def _enter(self, stack: ExitStack) -> None:
         raise AssertionError("a session says what it does when it opens")
@@ -33,3 +35,11 @@ class Opened:
     ) -> None:
         self._stack.close()
         del self._stack
+
+
+class Opened(Context):
+    """A context in which `model` attends through mmkv."""
+
+    def _open(self, stack: ExitStack) -> None:
+        stack.enter_context(attention_set(self.model, ATTENTION))
+        self._enter(stack)

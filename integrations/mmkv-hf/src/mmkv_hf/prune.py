@@ -1,15 +1,15 @@
 """Vision tokens that never reach deeper layers, on stock models (mmkv-prune's methods).
 
 Hooks on the decoder's layers gather what a method keeps while the prompt is read; layers from there on compute and
-cache the survivors alone. Survivors keep their rotations. What the decoder returns has a row for every token again,
-zeros where a token was dropped, so losses and hand-written loops work as before.
+cache the survivors alone, with the positions they had or numbered anew. What the decoder returns has a row for every
+token again, zeros where one was dropped, so losses and hand-written loops work as before.
 """
 
 from __future__ import annotations
 
 import weakref
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from mmkv_prune import Attention, Prompt, PrunePlan, Pruner, attention_rows, kept_columns, spread
@@ -29,25 +29,17 @@ from .layers import CompressedLayer
 from .lazy_cache import LazyCache
 from .opened import Opened
 from .plot import Grid, known_grids
-
-
-class Held(NamedTuple):
-    """Columns of the prompt that a layer holds.
-
-    Attributes:
-        columns: [B, K] int64.
-        real: [B, K] bool; False: a filler, in rows that hold fewer.
-        length: N, columns of the prompt.
-    """
-
-    columns: Tensor
-    real: Tensor
-    length: int
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether nothing is missing, so that all columns stand at their places."""
-        return self.columns.shape[1] == self.length and bool(self.real.all())
+from .survivors import (
+    Deepstack,
+    Held,
+    check_numbering,
+    later_mask,
+    numbered_later,
+    numbered_prompt,
+    numbering,
+    positions,
+    windows_of,
+)
 
 
 def prune(model: PreTrainedModel, method: Pruner) -> PruneSession:
@@ -58,11 +50,12 @@ def prune(model: PreTrainedModel, method: Pruner) -> PruneSession:
         ...     out = model.generate(**inputs)
 
     Args:
-        model: a vision-language model with full attention in all layers from the first that drops something.
+        model: a vision-language model with full or sliding attention in all layers from the first that drops something.
         method: of mmkv-prune, or your own.
 
     Raises:
-        ValueError: a layer the model does not have, layers without full attention, or positions that are numbered anew.
+        ValueError: a layer the model does not have, layers that borrow keys, recur or see images alone, or positions
+            numbered anew in a model where that means nothing.
     """
     return PruneSession(model, method)
 
@@ -82,6 +75,9 @@ class PruneSession(Opened):
         _check_layers(model, self.plan)
         self.held: dict[int, Held] = {}
         self._reading: _Reading | None = None
+        self._windows = windows_of(model)
+        self._rotary: Any = getattr(model.get_decoder(), "rotary_emb", None)
+        self._mask: Tensor | None = None
         self._known: weakref.WeakKeyDictionary[Any, dict[int, Held]] = weakref.WeakKeyDictionary()
 
     def _enter(self, stack: ExitStack) -> None:
@@ -95,6 +91,7 @@ class PruneSession(Opened):
         for index, layer in enumerate(decoder.layers):
             if index == 0 or index >= self.plan.layers[0] - 1:
                 hooks.append(layer.register_forward_pre_hook(_Step(self, index), with_kwargs=True))
+            hooks.append(layer.register_forward_hook(_Deep(self, index)))
         for hook in hooks:
             stack.callback(hook.remove)
         stack.callback(setattr, self, "_reading", None)
@@ -104,13 +101,18 @@ class PruneSession(Opened):
     def _begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache, ids = kwargs.get("past_key_values"), args[0] if args else kwargs.get("input_ids")
         if isinstance(cache, LazyCache):
-            raise ValueError("pruning does not work together with share yet")
+            raise ValueError(
+                "a LazyCache does not know of pruning; compress(model, 'adsc | lazy(plan.json) | snapkv', budget=1.0) "
+                "does both, and at that budget evicts nothing"
+            )
         kinds = modalities(model.config, ids, kwargs.get("mm_token_type_ids"))
         if kinds is None:
             raise ValueError(
                 "pruning has to know the vision tokens: pass input_ids, or mm_token_type_ids beside embeddings"
             )
         self._reading = None
+        mask = kwargs.get("attention_mask")
+        self._mask = None if mask is None else mask.bool()
         if cache is not None and cache.get_seq_length():
             if bool((kinds > 0).any()):
                 raise ValueError(
@@ -119,8 +121,7 @@ class PruneSession(Opened):
                 )
             self.held = self._known.get(cache, {})
             return
-        mask = kwargs.get("attention_mask")
-        valid = None if mask is None else mask.bool()
+        valid = self._mask
         if valid is not None and valid.shape != kinds.shape:
             raise ValueError(f"pruning reads an attention mask [B, N], not {list(valid.shape)}")
         self.held = {}
@@ -128,14 +129,16 @@ class PruneSession(Opened):
             if isinstance(cache, CompressedCache):
                 cache.request.uneven = True
             grids = known_grids(model.config, kinds, kwargs)
-            self._reading = _Reading(self.plan, Prompt.of(kinds > 0, valid=valid, shapes=_shapes(grids)))
+            self._reading = _Reading(self.plan, Prompt.of(kinds > 0, valid=valid, shapes=_shapes(grids)), self._rotary)
 
-    def _check_decoder(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _check_decoder(
+        self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         deep = kwargs.get("deepstack_visual_embeds")
-        if self._reading is not None and deep is not None and self.plan.layers[0] < len(deep):
-            raise ValueError(
-                f"this model adds vision features after its first {len(deep)} layers; prune from layer {len(deep)} on"
-            )
+        if self._reading is None or deep is None or self.plan.layers[0] >= len(deep):
+            return None
+        self._reading.deep = Deepstack(kwargs["inputs_embeds"], kwargs["visual_pos_masks"], deep)
+        return args, {**kwargs, "deepstack_visual_embeds": None, "visual_pos_masks": None}
 
     def step(
         self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]
@@ -146,7 +149,7 @@ class PruneSession(Opened):
         if reading is None:
             if lending is not None and index in self.held:
                 lending.held[index] = self.held[index]
-            return hidden, _later(self.held[index], index, kwargs) if index in self.held else kwargs
+            return hidden, self._after(index, hidden, kwargs) if index in self.held else kwargs
         if index == 0 and self.plan.evidence is not None and self.plan.evidence.embeddings:
             reading.embeddings = hidden
         full = kwargs
@@ -155,6 +158,8 @@ class PruneSession(Opened):
             if self.plan.evidence is not None and self.plan.evidence.layer == "own":
                 reading.look_ahead(layer, hidden, kwargs)
             hidden = reading.drop(index, hidden)
+            if self.plan.positions == "reindex":
+                reading.number(full)
             kwargs = reading.gathered(full, hidden)
         if index >= self.plan.layers[0]:
             self.held[index] = reading.held
@@ -162,11 +167,25 @@ class PruneSession(Opened):
                 lending.held[index] = reading.held
             cached = _compressed(kwargs, index)
             if cached is not None:
-                cached.hold(*reading.held)
+                cached.hold(*reading.held[:3])
         is_asked = self.plan.evidence is not None and self.plan.evidence.layer == "previous"
         if is_asked and index + 1 in self.plan.layers:
             kwargs = {**kwargs, "mmkv_watch": reading.watch}
         return hidden, kwargs
+
+    def _after(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of layer `index` after the prompt."""
+        cache, cached, held = kwargs["past_key_values"], _compressed(kwargs, index), self.held[index]
+        whole = held.columns.shape[1] if cached is None else held.length
+        held = held.without_last(whole - cache.get_seq_length(index))
+        if held.moved is not None:
+            kwargs = numbered_later(self._rotary, held, hidden, kwargs)
+        if cached is not None or not any(self._windows):
+            return _later(held, index, kwargs)
+        mask = later_mask(
+            held, cache.layers[index], hidden.shape[1], self._windows[index], self._mask, device=hidden.device
+        )
+        return {**kwargs, "attention_mask": mask}
 
     def _restore(self, decoder: Any, args: tuple[Any, ...], output: Any) -> Any:
         if self._reading is not None:
@@ -192,6 +211,17 @@ class _Step:
         return (hidden, *rest), kwargs
 
 
+class _Deep:
+    """The hook of one layer that adds what a model adds after it."""
+
+    def __init__(self, session: PruneSession, index: int) -> None:
+        self.session, self.index = session, index
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        reading = self.session._reading
+        return None if reading is None or reading.deep is None else reading.deep.add(self.index, reading.held, output)
+
+
 class _Reading:
     """One prompt on its way through the layers.
 
@@ -199,15 +229,18 @@ class _Reading:
         prompt: where the vision tokens are.
         held: the columns that the hidden states under way stand for.
         embeddings: [B, N, D], what entered layer 0, where the method asks for it.
+        deep: features added after the first layers, where tokens are dropped between them.
     """
 
-    def __init__(self, plan: PrunePlan, prompt: Prompt) -> None:
-        self.plan, self.prompt = plan, prompt
+    def __init__(self, plan: PrunePlan, prompt: Prompt, rotary: Any) -> None:
+        self.plan, self.prompt, self.rotary = plan, prompt, rotary
+        self.deep: Deepstack | None = None
         everything = torch.arange(prompt.valid.shape[1], device=prompt.valid.device).expand(prompt.valid.shape)
         self.held = Held(everything, torch.ones_like(prompt.valid), prompt.valid.shape[1])
         self.embeddings: Tensor | None = None
         self._alive = prompt.valid
         self._attention: Attention | None = None
+        self._first: Tensor
 
     def drop(self, index: int, hidden: Tensor) -> Tensor:
         """Hidden states [B, K', D] that enter layer `index`."""
@@ -219,7 +252,7 @@ class _Reading:
 
     def gathered(self, kwargs: dict[str, Any], hidden: Tensor) -> dict[str, Any]:
         """A layer's arguments for all columns, cut to those held."""
-        columns, _, length = self.held
+        columns = self.held.columns
         if self.held.is_whole:
             return kwargs
         changed: dict[str, Any] = {"attention_mask": _square(kwargs.get("attention_mask"), self.held)}
@@ -231,9 +264,17 @@ class _Reading:
                 -1, columns.expand(*ids.shape[:-2], *columns.shape)
             )
         for name, value in kwargs.items():
-            if name not in _GATHERED and isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == length:
+            is_whole = isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == self.held.length
+            if is_whole and name not in _GATHERED:
                 raise ValueError(f"this model's layers take {name}, which cannot be pruned yet")
-        return {**kwargs, **changed}
+        kwargs = {**kwargs, **changed}
+        if self.held.moved is None:
+            return kwargs
+        return numbered_prompt(self.rotary, self.held, self._first, hidden, kwargs)
+
+    def number(self, kwargs: dict[str, Any]) -> None:
+        """From here on, what is held has positions of its own; `kwargs` are a layer's for all columns."""
+        self._first, self.held = numbering(self.held, positions(kwargs), self.prompt.valid)
 
     def watch(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> None:
         """Notes the attention of the rows that the method asks for."""
@@ -249,7 +290,7 @@ class _Reading:
         rows = rows.gather(1, places.columns[..., None].expand(-1, -1, rows.shape[-1])) & self.held.real[:, None]
         chosen = query.gather(2, places.columns[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
         weights = attention_rows(chosen, key, rows, scaling=scaling, softcap=softcap)
-        self._attention = Attention(spread(weights, *self.held), places.real)
+        self._attention = Attention(spread(weights, *self.held[:3]), places.real)
 
     @torch.no_grad()
     def look_ahead(self, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> None:
@@ -263,7 +304,7 @@ class _Reading:
 
     def restored(self, hidden: Tensor) -> Tensor:
         """The decoder's output with a row for every token, zeros for those dropped."""
-        columns, real, length = self.held
+        columns, real, length, _ = self.held
         if self.held.is_whole:
             return hidden
         whole = hidden.new_zeros(len(hidden), length, hidden.shape[-1])
@@ -283,7 +324,7 @@ def _square(mask: Tensor | None, held: Held) -> Tensor | None:
 
     A filler sees itself alone, so that no row of attention is empty.
     """
-    columns, real, _ = held
+    columns, real, *_ = held
     if mask is None and bool(real.all()):
         return None
     if mask is None:
@@ -299,7 +340,7 @@ def _square(mask: Tensor | None, held: Held) -> Tensor | None:
 
 def _later(held: Held, index: int, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of layer `index` after the prompt: new tokens see what it holds of the prompt, and what followed."""
-    columns, real, length = held
+    columns, real, length, _ = held
     mask, cached = kwargs.get("attention_mask"), _compressed(kwargs, index)
     is_compressed = cached is not None and cached.columns is None  # then it reads logical masks by itself
     if is_compressed or (mask is None and bool(real.all())):
@@ -336,13 +377,14 @@ def _compressed(kwargs: dict[str, Any], index: int) -> CompressedLayer | None:
 
 def _check_layers(model: PreTrainedModel, plan: PrunePlan) -> None:
     config = text_config(model)
-    readers = last_readers(config)
+    readers, windows = last_readers(config), windows_of(model)
     for index, layer in enumerate(template_layers(config)):
-        plain = is_full_attention(layer) and index not in cross_layers(config) and readers.get(index, index) == index
+        plain = is_full_attention(layer) or windows[index] is not None
+        plain = plain and index not in cross_layers(config) and readers.get(index, index) == index
         if index >= plan.layers[0] and not plain:
             raise ValueError(
-                f"layer {index} of {type(model).__name__} does not attend to everything before it with keys of its "
+                f"layer {index} of {type(model).__name__} does not attend to the tokens before it with keys of its "
                 "own; prune in models without such layers"
             )
-    if plan.positions != "keep":
-        raise ValueError("positions='reindex' is not supported by this adapter; use positions='keep'")
+    if plan.positions == "reindex":
+        check_numbering(model)

@@ -2,8 +2,9 @@
 
 Inside the LLM, a method (`ADSC`, `FastV`, `PyramidDrop`, `SparseVLM`, the controls `RandomDrop` and `UniformDrop`)
 says at the input of which layers it drops vision tokens, what it has to see, and which stay; a `PrunePlan` puts it on a
-model with so many layers. Before the LLM, a method (`PruMerge`, `PruMergePlus`, `VisionZip`) turns an encoded image
-into fewer tokens. Tensors in, masks and tensors out: whoever runs the model does the gathering.
+model with so many layers. Before the LLM, a method (`PruMerge`, `PruMergePlus`, `VisionZip`, the controls `KeepRandom`
+and `KeepUniform`) turns an encoded image into fewer tokens. Tensors in, masks and tensors out: whoever runs the model
+does the gathering.
 """
 
 from .accounting import Geometry, kv_entries, tokens_per_layer
@@ -13,6 +14,7 @@ from .curriculum import Curriculum
 from .encoder import Encoded, Reduced, Reducer, TowerEvidence, tower_attention, tower_keys
 from .fastv import FastV
 from .gather import KeptColumns, kept_columns, reindexed
+from .kept_tokens import KeepRandom, KeepUniform
 from .plan import PrunePlan
 from .prompt import Prompt
 from .prumerge import PruMerge, PruMergePlus
@@ -32,6 +34,8 @@ __all__ = [
     "Evidence",
     "FastV",
     "Geometry",
+    "KeepRandom",
+    "KeepUniform",
     "KeptColumns",
     "Positions",
     "Prompt",

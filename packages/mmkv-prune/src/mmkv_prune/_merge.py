@@ -42,3 +42,9 @@ def single(feature: Tensor, there: Tensor) -> Reduced:
     return Reduced(
         feature.float().unsqueeze(1), torch.full_like(there, -1, dtype=torch.int64).unsqueeze(1), there[:, None]
     )
+
+
+def as_they_are(features: Tensor, chosen: Tensor) -> Reduced:
+    """The `chosen` [B, V] of features [B, V, C], in order."""
+    index, real = front(chosen)
+    return Reduced(take(features, index).float(), index, real)

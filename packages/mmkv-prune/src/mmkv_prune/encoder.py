@@ -81,11 +81,11 @@ class Reducer(Protocol):
     """A method that reduces an image's tokens before the LLM sees them.
 
     Attributes:
-        evidence: what `Encoded.attention` and `Encoded.keys` have to be.
+        evidence: what `Encoded.attention` and `Encoded.keys` have to be; None: they are not looked at.
     """
 
     @property
-    def evidence(self) -> TowerEvidence: ...
+    def evidence(self) -> TowerEvidence | None: ...
     def __call__(self, seen: Encoded) -> Reduced:
         """The tokens that go on."""
         ...

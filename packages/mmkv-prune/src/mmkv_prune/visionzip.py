@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _checks
 from ._choose import best
-from ._merge import front, joined, single, take, unit
+from ._merge import as_they_are, front, joined, single, take, unit
 from .encoder import Encoded, Reduced, TowerEvidence
 
 
@@ -46,7 +46,7 @@ class VisionZip:
         """CLS, the dominant tokens in order, the contextual ones in the order of their targets."""
         number = self.dominant - (seen.cls is not None)
         chosen = best(seen.attention, seen.real, torch.full_like(seen.real[:, 0], number, dtype=torch.int64))
-        parts = [_as_they_are(seen.features, chosen), contextual(seen, seen.real & ~chosen, self.contextual)]
+        parts = [as_they_are(seen.features, chosen), contextual(seen, seen.real & ~chosen, self.contextual)]
         if seen.cls is not None:
             parts.insert(0, single(seen.cls, torch.ones_like(seen.real[:, 0])))
         return joined(parts, seen.features.dtype)
@@ -79,8 +79,3 @@ def _targets(others: Tensor, number: int) -> Tensor:
     place = others.cumsum(-1) - 1
     step = (others.sum(-1, keepdim=True) // number).clamp(min=1)
     return others & (place % step == 0) & (place // step < number)
-
-
-def _as_they_are(features: Tensor, chosen: Tensor) -> Reduced:
-    index, real = front(chosen)
-    return Reduced(take(features, index).float(), index, real)

@@ -1,0 +1,671 @@
+"""Fewer vision tokens before the language model, against prompts of embeddings and positions made by hand."""
+
+import copy
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+from mmkv_hf import compress, prune, reduce_images, share
+from mmkv_hf.encoder import _slots
+from mmkv_layershare import LazyPlan
+from mmkv_prune import ADSC, KeepRandom, KeepUniform, PruMerge, PruMergePlus, Reduced, TowerEvidence, VisionZip
+from mmkv_prune.random_drop import hashed_uniform
+from mmkv_testkit.families import FAMILIES, pad, unpadded
+from torch import nn
+from transformers import DynamicCache
+
+F64 = torch.float64
+EXACT = 1e-9
+ROUNDED = {"rtol": 2e-5, "atol": 2e-6}  # methods compute in float32
+MATTERS = 1e-2
+KNOWN = ["llava", "llava_next", "internvl", "idefics3", "smolvlm", "qwen2_vl"]
+BY_PLACE = {"llava_next", "qwen2_vl"}
+METHODS = [
+    VisionZip(dominant=5, contextual=3),
+    PruMerge(neighbours=4),
+    PruMergePlus(neighbours=4),
+    KeepUniform(0.4),
+    KeepRandom(0.4),
+]
+PROJECTOR = {"idefics3": "connector.modality_projection", "qwen2_vl": "visual.merger.mlp"}
+PROJECTOR["smolvlm"] = PROJECTOR["idefics3"]
+IMAGE, VIDEO = 500, 501
+
+
+def name_of(method):
+    return type(method).__name__
+
+
+def projector(model):
+    return model.base_model.get_submodule(PROJECTOR.get(model.config.model_type, "multi_modal_projector"))
+
+
+def encode(model, inputs):
+    """The image features of the stock model, or of a session."""
+    if "pixel_values_videos" in inputs:
+        return model.base_model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"])
+    names = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask")
+    return model.base_model.get_image_features(**{name: inputs[name] for name in names if name in inputs})
+
+
+# -- what the vision tower does, from its projections
+
+
+class Heard:
+    """Outputs of a layer's projections [T, width], the positions it was given, and what enters the projector."""
+
+    def __init__(self, model, inputs, layer):
+        tower = next(m for m in model.base_model.children() if m is not model.get_decoder())
+        block = next(m for m in tower.modules() if isinstance(m, nn.ModuleList))[layer]
+        attention = next(m for name, m in block.named_modules() if name in ("self_attn", "attn", "attention"))
+        self.heads, self.outputs = attention.num_heads, {}
+        hooks = [attention.register_forward_pre_hook(self.called, with_kwargs=True)]
+        hooks += [
+            m.register_forward_hook(lambda m, a, out, name=name: self.outputs.update({name: out}))
+            for name, m in attention.named_children()
+            if name in ("q_proj", "k_proj", "qkv")
+        ]
+        hooks.append(projector(model).register_forward_pre_hook(self.projected))
+        hooks.append(tower.register_forward_hook(self.ran))
+        try:
+            with torch.no_grad():
+                encode(model, inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def called(self, module, args, kwargs):
+        self.rotation, self.mask = kwargs.get("position_embeddings"), kwargs.get("attention_mask")
+
+    def projected(self, module, args):
+        self.features = args[0]
+
+    def ran(self, module, args, output):
+        self.hidden = getattr(output, "hidden_states", None)
+
+    def images(self, sizes):
+        """Queries and keys [T, width] of each image."""
+        if "qkv" not in self.outputs:
+            return list(zip(self.outputs["q_proj"], self.outputs["k_proj"], strict=True))
+        query, key, _ = self.outputs["qkv"].unflatten(1, (3, self.heads, -1)).unbind(1)
+        return list(zip(*(self.rotated(x).flatten(1).split(sizes) for x in (query, key)), strict=True))
+
+    def rotated(self, x):
+        cos, sin = (y[:, None] for y in self.rotation)
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat([-second, first], -1) * sin
+
+
+def weights(query, key, heads, real):
+    total = 0
+    for q, k in zip(query.unflatten(1, (heads, -1)).unbind(1), key.unflatten(1, (heads, -1)).unbind(1), strict=True):
+        total = total + ((q @ k.T) / math.sqrt(q.shape[1])).masked_fill(~real, -torch.inf).softmax(-1)
+    return total
+
+
+def patches_of(model, count, tokens):
+    """The patches of each token: four in a row, a square of two by two, or one."""
+    if count == tokens:
+        return [[i] for i in range(tokens)]
+    if model.config.model_type == "qwen2_vl":
+        return [range(4 * i, 4 * i + 4) for i in range(tokens)]
+    side = math.isqrt(count)
+    corners = [side * row + column for row in range(0, side, 2) for column in range(0, side, 2)]
+    return [[c, c + 1, c + side, c + side + 1] for c in corners]
+
+
+def encoded(model, inputs, method):
+    """Per image: features [V, C], attention [V], keys [V, D], feature of the CLS token or None."""
+    how = method.evidence or TowerEvidence(-1, "apart")
+    layer, apart = how.layer, how.heads == "apart"
+    heard = Heard(model, inputs, layer)
+    grids = inputs.get("image_grid_thw", inputs.get("video_grid_thw"))
+    sizes = None if grids is None else [int(h * w) for t, h, w in grids for _ in range(t)]
+    cls = model.config.model_type in ("llava", "llava_next", "internvl")
+    pairs, out = heard.images(sizes), []
+    features = heard.features if sizes is None else heard.features.split([size // 4 for size in sizes])
+    for i, (query, key) in enumerate(pairs):
+        real = torch.ones(len(key), dtype=torch.bool) if heard.mask is None else heard.mask[i, 0, 0]
+        attention = weights(query, key, heard.heads if apart else 1, real)
+        received = attention[0, 1:] if cls else attention[real].mean(0)
+        compared = (key.unflatten(1, (heard.heads, -1)).mean(1) if apart else key)[1 if cls else 0 :]
+        members = patches_of(model, len(compared), len(features[i]))
+        summed = torch.stack([sum(received[p] for p in group) for group in members])
+        mean = torch.stack([sum(compared[p] for p in group) / len(group) for group in members])
+        first = heard.hidden[-1][i, 0] if model.config.model_type == "llava" else None
+        out.append((features[i], summed, mean, first))
+    return out
+
+
+# -- what a method makes of an image, by loops
+
+
+def cosine(keys):
+    keys = keys / keys.norm(dim=-1, keepdim=True)
+    return keys @ keys.T
+
+
+def chosen_by(method, x, a, keys, cls):
+    """Tokens in the method's order: features and places, None for a token without one."""
+    if isinstance(method, VisionZip):
+        return zipped(x, a, keys, cls, method.dominant, method.contextual)
+    if isinstance(method, KeepUniform):
+        number = round(len(a) * method.keep)
+        return [(x[i], i) for i in (int((k + 0.5) * len(a) / number) for k in range(number))]
+    if isinstance(method, KeepRandom):
+        scores = hashed_uniform(method.seed, 0, torch.arange(1, len(a) + 1)).tolist()
+        best = sorted(range(len(a)), key=lambda i: -scores[i])[: round(len(a) * method.keep)]
+        return [(x[i], i) for i in sorted(best)]
+    quartiles = torch.quantile(a, torch.tensor([0.25, 0.75], dtype=a.dtype))
+    kept = [i for i in range(len(a)) if a[i] > quartiles[1] + 1.5 * (quartiles[1] - quartiles[0])]
+    if isinstance(method, PruMergePlus):
+        step = max(1, len(a) // len(kept) // 3) if kept else len(a)
+        kept = sorted({*kept, *range(0, len(a) - 1, step)})
+    alike, out = cosine(keys), []
+    for i in kept:
+        near = sorted((j for j in range(len(a)) if j != i), key=lambda j: (-float(alike[i, j]), j))
+        out.append((x[i] + sum(a[j] * x[j] for j in near[: method.neighbours]), i))
+    dropped = [j for j in range(len(a)) if j not in kept]
+    return out + ([(sum(a[j] * x[j] for j in dropped), None)] if dropped else [])
+
+
+def zipped(x, a, keys, cls, dominant, contextual):
+    best = sorted(sorted(range(len(a)), key=lambda i: (-float(a[i]), i))[: dominant - (cls is not None)])
+    others = [i for i in range(len(a)) if i not in best]
+    targets = others[:: max(1, len(others) // contextual)][:contextual]
+    alike, gone = cosine(keys), {t: [] for t in targets}
+    for i in others:
+        if i not in targets:
+            gone[max(targets, key=lambda t: (float(alike[i, t]), -t))].append(i)
+    out = [] if cls is None else [(cls, None)]
+    out += [(x[i], i) for i in best]
+    return out + [(x[t] + (sum(x[i] for i in gone[t]) / len(gone[t]) if gone[t] else 0), t) for t in targets]
+
+
+def slots_of(tokens, count, by_place):
+    """Where each token stands among the `count` that an image has."""
+    if not by_place:
+        return list(range(len(tokens)))
+    free = [i for i in range(count) if i not in {place for _, place in tokens}]
+    homeless = iter(free[len(free) - sum(place is None for _, place in tokens) :])
+    return [next(homeless) if place is None else place for _, place in tokens]
+
+
+# -- the prompt by hand, one row without padding
+
+
+def grid_positions(start, frames, rows, columns):
+    return [(start + t, start + r, start + c) for t in range(frames) for r in range(rows) for c in range(columns)]
+
+
+def positions_of(model, ids, grids):
+    """Position of each column, (T, H, W) with M-RoPE; None elsewhere, where they are counted anew."""
+    if model.config.model_type != "qwen2_vl":
+        return None
+    out, nxt, at = [], 0, 0
+    grids = iter(grids)
+    while at < len(ids):
+        if ids[at] in (IMAGE, VIDEO):
+            t, h, w = (int(n) for n in next(grids))
+            out += grid_positions(nxt, t, h // 2, w // 2)
+            at, nxt = at + t * h * w // 4, nxt + max(h, w) // 2
+        else:
+            out.append((nxt, nxt, nxt))
+            at, nxt = at + 1, nxt + 1
+    return out
+
+
+def features_by_column(model, inputs, tokens):
+    """`tokens` of the images in the order of the placeholders, None where nothing stands.
+
+    LLaVA-NeXT: the overview, then four tiles row by row as far as the picture goes, with a line end after each row.
+    """
+    if model.config.model_type != "llava_next":
+        return [x for image in tokens for x in image]
+    out, newline = [], model.base_model.image_newline
+    for i, (height, _) in enumerate(inputs["image_sizes"].tolist()):
+        overview, *tiles = tokens[5 * i : 5 * i + 5]
+        out += overview
+        above = (8 - 8 * height // 112) // 2
+        for row in range(above, 8 - above):
+            places = [(tiles[2 * (row // 4) + column // 4], 4 * (row % 4) + column % 4) for column in range(8)]
+            out += [tile[place] for tile, place in places] + [newline]
+    return out
+
+
+def placed(model, inputs, method):
+    """Per image, what stands at each place by the loops above; None where nothing does."""
+    out = []
+    for x, a, keys, cls in encoded(model, inputs, method):
+        tokens = chosen_by(method, x, a, keys, cls)
+        image = [None] * len(x)
+        for slot, (feature, _) in zip(
+            slots_of(tokens, len(x), model.config.model_type in BY_PLACE), tokens, strict=True
+        ):
+            image[slot] = feature
+        out.append(image)
+    return out
+
+
+def entering(model, inputs, method):
+    """Per image, what enters the projector [V, C] in a session; must be what the loops say, or 0."""
+    seen = []
+    with reduce_images(model, method), torch.no_grad():
+        hook = projector(model).register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+        encode(model, inputs)
+        hook.remove()
+    wanted = placed(model, inputs, method)
+    found = list(seen[0]) if seen[0].ndim == 3 else list(seen[0].split([len(image) for image in wanted]))
+    for x, image in zip(found, wanted, strict=True):
+        stands = [torch.zeros_like(x[0]) if y is None else y for y in image]
+        torch.testing.assert_close(x, torch.stack(stands), **ROUNDED)
+    return [
+        [x if y is not None else None for x, y in zip(*image, strict=True)] for image in zip(found, wanted, strict=True)
+    ]
+
+
+def by_hand(model, inputs, images):
+    """Embeddings [1, K, D] and positions [1, K] or [3, 1, K] of one row, and its columns that stay."""
+    ids = inputs["input_ids"][0].tolist()
+    grids = inputs.get("image_grid_thw", inputs.get("video_grid_thw"))
+    positions = positions_of(model, ids, [] if grids is None else grids)
+    embed = model.get_input_embeddings()
+    tokens = [[x if x is None else projector(model)(x) for x in image] for image in images]
+    columns = iter(features_by_column(model, inputs, tokens))
+    row = [next(columns) if i in (IMAGE, VIDEO) else embed(torch.tensor(i)) for i in ids]
+    stays = [i for i, x in enumerate(row) if x is not None]
+    where = torch.arange(len(stays))[None]
+    if positions is not None:
+        where = torch.tensor([positions[i] for i in stays]).T[:, None]
+    return torch.stack([row[i] for i in stays])[None], where, stays
+
+
+@torch.no_grad()
+def dense(model, embeds, where, tokens):
+    """Logits [1, n, V] of the stock language model, which is fed the prompt and then `tokens` [1, n]."""
+    cache, logits = DynamicCache(config=model.config.get_text_config(decoder=True)), []
+    for step in range(tokens.shape[1]):
+        out = model.get_decoder()(inputs_embeds=embeds, position_ids=where, past_key_values=cache)
+        logits.append(model.get_output_embeddings()(out.last_hidden_state[:, -1]))
+        embeds = model.get_input_embeddings()(tokens[:, step : step + 1])
+        where = torch.full_like(where[..., :1], int(where.max()) + 1)
+    return torch.stack(logits, 1)
+
+
+@torch.no_grad()
+def rows_by_hand(model, inputs, method):
+    """`by_hand` of each row of a batch, without its padding."""
+    images = entering(model, inputs, method)
+    batch = len(inputs["input_ids"])
+    each = len(images) // batch
+    return [by_hand(model, unpadded(inputs, i), images[i * each : (i + 1) * each]) for i in range(batch)]
+
+
+def wanted_logits(model, rows, tokens):
+    return torch.cat([dense(model, *row[:2], tokens[i : i + 1]) for i, row in enumerate(rows)])
+
+
+def check(kit, model, inputs, method, tokens=5, **settings):
+    """Generation in a session equals the prompts by hand; gives what it found, and them."""
+    with reduce_images(model, method) as session:
+        found = kit.decode(model, inputs, tokens, **settings)
+    rows = rows_by_hand(model, inputs, method)
+    assert kit.difference(found.logits, wanted_logits(model, rows, found.tokens)) < EXACT
+    starts = (~inputs["attention_mask"].bool()).sum(1).tolist()
+    held = [columns[real].tolist() for columns, real in zip(session.last.columns, session.last.real, strict=True)]
+    assert held == [[start + i for i in row[2]] for start, row in zip(starts, rows, strict=True)]
+    assert all(len(row[2]) < inputs["input_ids"].shape[1] - 4 for row in rows)
+    return found, rows, session
+
+
+# -- tests
+
+
+@pytest.mark.parametrize("method", METHODS, ids=name_of)
+@pytest.mark.parametrize("family", KNOWN)
+def test_a_padded_batch_of_two_images_equals_the_prompts_by_hand(kit, family, method):
+    tiny = kit.vlm(family, batch=2, images=2, dtype=F64)
+    inputs = pad(tiny.inputs, left=[9, 0])
+    found, _, _ = check(kit, tiny.model, inputs, method)
+    stock = kit.decode(tiny.model, inputs, found.tokens)
+    assert kit.difference(stock.logits, found.logits) > MATTERS
+    assert torch.equal(found.sequences[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
+
+
+def test_rows_keep_different_counts(kit):
+    """The batches above are ragged where the method looks at content."""
+    tiny = kit.vlm("llava", batch=2, images=2, dtype=F64)
+    _, rows, session = check(kit, tiny.model, pad(tiny.inputs, left=[9, 0]), PruMergePlus(4))
+    assert not session.last.real.all()
+    assert len({len(row[2]) for row in rows}) == 2
+
+
+def test_padded_patches_are_not_looked_at(kit):
+    """Idefics3 pads images; what a padded patch attends to does not count."""
+    tiny = kit.vlm("idefics3", dtype=F64)
+    mask = torch.ones(1, 1, 56, 56, dtype=torch.long)
+    mask[..., 35:] = 0
+    check(kit, tiny.model, {**tiny.inputs, "pixel_attention_mask": mask}, METHODS[0])
+
+
+def test_tiles_beyond_the_picture_take_their_tokens_along(kit):
+    tiny = kit.vlm("llava_next", dtype=F64)
+    cut = (tiny.inputs["input_ids"][0] == IMAGE).nonzero()[:18, 0]  # two of eight rows, with their line ends
+    stays = torch.ones(tiny.inputs["input_ids"].shape[1], dtype=torch.bool).scatter(0, cut, False)
+    inputs = {**tiny.inputs, "image_sizes": torch.tensor([[84, 112]])}
+    inputs |= {name: inputs[name][:, stays] for name in ("input_ids", "attention_mask")}
+    check(kit, tiny.model, inputs, VisionZip(4, 2))
+
+
+def test_frames_of_a_video_are_reduced_one_by_one(kit):
+    tiny = kit.vlm("qwen2_vl", dtype=F64)
+    inputs = {name: x for name, x in tiny.inputs.items() if name not in ("pixel_values", "image_grid_thw")}
+    ids, kinds = tiny.inputs["input_ids"].clone(), tiny.inputs["mm_token_type_ids"] * 2
+    ids[ids == IMAGE] = VIDEO
+    inputs |= {"input_ids": ids, "mm_token_type_ids": kinds, "pixel_values_videos": tiny.inputs["pixel_values"]}
+    check(kit, tiny.model, {**inputs, "video_grid_thw": torch.tensor([[2, 4, 12]])}, VisionZip(3, 2))
+
+
+def test_columns_that_were_left_out_have_no_output(kit):
+    """Nor have the fillers of rows that hold fewer."""
+    model, inputs = kit.padded("llava", dtype=F64)
+    model.set_attn_implementation({"text_config": "eager"})  # where a filler, which sees nothing, puts out something
+    try:
+        with reduce_images(model, PruMergePlus(4)) as session, torch.no_grad():
+            logits = model(**inputs).logits
+    finally:
+        model.set_attn_implementation({"text_config": "sdpa"})
+    assert not session.last.real.all()
+    for row, columns, real in zip(logits, session.last.columns, session.last.real, strict=True):
+        gone = torch.ones(len(row), dtype=torch.bool).scatter(0, columns[real], False)
+        assert not row[gone].any()
+        assert row[~gone].any(-1).all()
+
+
+def test_a_cache_may_be_repeated(kit):
+    model, inputs = kit.padded("llava", dtype=F64)
+    tokens, counted = kit.words(6, 2), inputs["attention_mask"].cumsum(1)
+    with reduce_images(model, PruMergePlus(4)), torch.no_grad():
+        cache = model(**inputs, position_ids=(counted - 1).clamp(min=0)).past_key_values
+        cache.batch_repeat_interleave(3)
+        after = counted[:, -1:].repeat_interleave(3, 0)
+        found = model(input_ids=tokens[:, :1], past_key_values=cache, position_ids=after).logits
+    rows = [row for row in rows_by_hand(model, inputs, PruMergePlus(4)) for _ in range(3)]
+    assert kit.difference(found, wanted_logits(model, rows, tokens)[:, 1:]) < EXACT
+
+
+def test_tokens_without_a_place_take_the_last_free_ones():
+    source = torch.tensor([[-1, 1, -1, 4], [3, -1, -1, -1]])
+    valid = torch.tensor([[True, True, True, True], [True, True, False, False]])
+    real = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    slots = _slots(Reduced(torch.zeros(2, 4, 1), source, valid), real, by_place=True)
+    assert slots.tolist() == [[3, 1, 5, 4], [3, 2, 6, 6]]
+
+
+def test_the_cache_holds_what_is_left(kit):
+    tiny = kit.vlm("llava")
+    cache = DynamicCache(config=tiny.text_config)
+    with reduce_images(tiny.model, METHODS[0]), torch.no_grad():
+        out = tiny.model(**tiny.inputs, past_key_values=cache)
+    length = tiny.inputs["input_ids"].shape[1]
+    config, left = tiny.text_config, length - 16 + 8
+    size = config.hidden_size // config.num_attention_heads
+    assert [layer.keys.shape for layer in cache.layers] == [(1, config.num_key_value_heads, left, size)] * 4
+    stored = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    assert sum(t.untyped_storage().nbytes() for t in stored) == 4 * 2 * config.num_key_value_heads * left * size * 4
+    assert out.logits.shape[1] == length
+    alive = weakref.ref(cache)
+    gc.disable()
+    try:
+        del cache, out, stored
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("family", KNOWN)
+def test_without_a_cache_every_column_that_stays_has_its_logits(kit, family):
+    tiny = kit.vlm(family, dtype=F64)
+    model = tiny.model
+    inputs = {name: x for name, x in tiny.inputs.items() if name != "attention_mask"}
+    embeds, where, stays = rows_by_hand(model, tiny.inputs, METHODS[0])[0]
+    if where.ndim == 3:  # as `generate` gives them: the first numbers the columns
+        ids = tiny.inputs["input_ids"]
+        positions = torch.tensor(positions_of(model, ids[0].tolist(), tiny.inputs["image_grid_thw"])).T[:, None]
+        inputs["position_ids"] = torch.cat([torch.arange(ids.shape[1]).expand(1, 1, -1), positions])
+    with reduce_images(model, METHODS[0]), torch.no_grad():
+        found = model(**inputs, use_cache=False).logits
+    with torch.no_grad():
+        hidden = model.get_decoder()(inputs_embeds=embeds, position_ids=where, use_cache=False).last_hidden_state
+        wanted = model.get_output_embeddings()(hidden)
+    assert kit.difference(found[:, stays], wanted) < EXACT
+    gone = torch.ones(found.shape[1], dtype=torch.bool).scatter(0, torch.tensor(stays), False)
+    assert gone.any()
+    assert not found[:, gone].any()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True, "top_k": 3, "num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 2},
+    ],
+)
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_generate_modes_give_the_tokens_of_the_prompt_by_hand(kit, family, settings):
+    tiny = kit.vlm(family, dtype=F64, images=2)
+    model = tiny.model
+    embeds, where, _ = rows_by_hand(model, tiny.inputs, METHODS[0])[0]
+    by_hand = {"inputs_embeds": embeds, "position_ids": where}
+    if where.ndim == 3:
+        by_hand["position_ids"] = torch.cat([torch.arange(embeds.shape[1]).expand(1, 1, -1), where])
+
+    def repeats_rows():
+        greedy = model.generate(**tiny.inputs, max_new_tokens=2, do_sample=False)
+        repeated = model.generate(**tiny.inputs, max_new_tokens=2, do_sample=True, top_k=1, num_return_sequences=2)
+        assert torch.equal(repeated, greedy.repeat_interleave(2, 0)), "rows of several images are repeated wrongly"
+
+    def generated(inputs, **settings):
+        torch.manual_seed(0)
+        return model.generate(**inputs, max_new_tokens=6, **settings)[:, -6:].tolist()
+
+    if "num_return_sequences" in settings:
+        kit.stock_or_skip(repeats_rows)
+    with reduce_images(model, METHODS[0]):
+        found = generated(tiny.inputs, **settings)
+    if "prompt_lookup_num_tokens" in settings:  # gives the greedy tokens, and needs the prompt's to look up
+        settings = {"do_sample": False}
+    assert found == generated(by_hand, **settings)
+
+
+def test_drafts_that_come_with_the_prompt_are_taken_back(kit):
+    """Prompt lookup proposes tokens before the prompt has been read."""
+    tiny = kit.vlm("llava", dtype=F64, batch=2)
+    inputs = pad({name: x[:1] for name, x in tiny.inputs.items()}, left=[5])
+    inputs["input_ids"][0, -4:] = inputs["input_ids"][0, -14:-10]
+    with reduce_images(tiny.model, METHODS[0]) as session:
+        cache = DynamicCache()
+        first = tiny.model.generate(**inputs, max_new_tokens=3, prompt_lookup_num_tokens=3, past_key_values=cache)
+        assert session.last.length > inputs["input_ids"].shape[1]
+        assert cache.get_seq_length() == first.shape[1] - 1
+        turn = kit.conversation(inputs, first[:, -3:], kit.words(1, 5))
+        second = kit.decode(tiny.model, turn, 3, past_key_values=cache)
+    said = torch.cat([first[:, -3:], turn["input_ids"][:, -5:], second.tokens], 1)
+    logits = wanted_logits(tiny.model, rows_by_hand(tiny.model, inputs, METHODS[0]), said)
+    assert torch.equal(logits[:, :3].argmax(-1), first[:, -3:])
+    assert kit.difference(second.logits, logits[:, -3:]) < EXACT
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_a_second_turn_goes_on(kit, family, copied):
+    tiny = kit.vlm(family, dtype=F64)
+    model = tiny.model
+    with reduce_images(model, METHODS[0]):
+        cache = DynamicCache(config=tiny.text_config)
+        first = kit.decode(model, tiny.inputs, 3, past_key_values=cache)
+        cache = copy.deepcopy(cache) if copied else cache
+        turn = kit.conversation(tiny.inputs, first.tokens, kit.words(1, 5))
+        second = kit.decode(model, turn, 3, past_key_values=cache)
+    said = torch.cat([first.tokens, turn["input_ids"][:, -5:], second.tokens], 1)
+    logits = wanted_logits(model, rows_by_hand(model, tiny.inputs, METHODS[0]), said)
+    assert kit.difference(second.logits, logits[:, -3:]) < EXACT
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_a_second_turn_of_a_padded_batch_goes_on(kit, family):
+    model, inputs = kit.padded(family, dtype=F64)
+    with reduce_images(model, PruMergePlus(4)):
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        first = kit.decode(model, inputs, 3, past_key_values=cache)
+        turn = kit.conversation(inputs, first.tokens, kit.words(2, 5))
+        second = kit.decode(model, turn, 3, past_key_values=cache)
+    said = torch.cat([first.tokens, turn["input_ids"][:, -5:], second.tokens], 1)
+    logits = wanted_logits(model, rows_by_hand(model, inputs, PruMergePlus(4)), said)
+    assert kit.difference(second.logits, logits[:, -3:]) < EXACT
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_a_loop_without_positions_goes_on(kit, family):
+    tiny = kit.vlm(family, dtype=F64)
+    model, tokens = tiny.model, kit.words(1, 4)
+    tokens[0, 1] = IMAGE  # said by the model, there is no image behind it
+    inputs = {name: x for name, x in tiny.inputs.items() if name != "attention_mask"}
+    with reduce_images(model, METHODS[0]), torch.no_grad():
+        out = model(**inputs, use_cache=True)
+        logits = [out.logits[:, -1]]
+        for step in range(3):
+            out = model(input_ids=tokens[:, step : step + 1], past_key_values=out.past_key_values)
+            logits.append(out.logits[:, -1])
+    wanted = wanted_logits(model, rows_by_hand(model, tiny.inputs, METHODS[0]), tokens)
+    assert kit.difference(torch.stack(logits, 1), wanted) < EXACT
+
+
+def test_losses_and_gradients_go_through(kit):
+    tiny = kit.vlm("llava")
+    labels = tiny.inputs["input_ids"].masked_fill(tiny.inputs["input_ids"] == IMAGE, -100)
+    with reduce_images(tiny.model, METHODS[0]):
+        out = tiny.model(**tiny.inputs, labels=labels, use_cache=False)
+        weights = tiny.model.get_decoder().layers[0].self_attn.q_proj.weight, projector(tiny.model).linear_1.weight
+        grads = torch.autograd.grad(out.loss, weights)
+    assert all(grad.isfinite().all() and grad.abs().max() > 0 for grad in grads)
+
+
+def test_text_alone_passes_untouched(kit):
+    tiny = kit.vlm("llava")
+    ids = kit.words(2, 20)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with reduce_images(tiny.model, METHODS[0]) as session:
+        found = kit.decode(tiny.model, inputs)
+    assert torch.equal(found.logits, kit.decode(tiny.model, inputs).logits)
+    assert session.last is None
+
+
+def test_a_row_of_text_stays_whole_beside_a_row_with_an_image(kit):
+    tiny = kit.vlm("llava", dtype=F64)
+    ids, text = tiny.inputs["input_ids"], kit.words(1, tiny.inputs["input_ids"].shape[1])
+    mask = torch.ones(2, ids.shape[1], dtype=torch.long)
+    mask[1, :9] = 0
+    both = {**tiny.inputs, "input_ids": torch.cat([ids, text]), "attention_mask": mask}
+    with reduce_images(tiny.model, METHODS[0]):
+        found = kit.decode(tiny.model, both)
+    alone = kit.decode(tiny.model, {"input_ids": text[:, 9:]}, found.tokens[1:])
+    assert kit.difference(found.logits[1:], alone.logits) < EXACT
+    wanted = wanted_logits(tiny.model, rows_by_hand(tiny.model, tiny.inputs, METHODS[0]), found.tokens[:1])
+    assert kit.difference(found.logits[:1], wanted) < EXACT
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in KNOWN] + ["llama"])
+def test_other_models_are_refused(kit, family):
+    model = kit.vlm(family).model
+    with pytest.raises(ValueError, match=rf"{type(model).__name__} .* cannot be given fewer vision tokens"):
+        reduce_images(model, METHODS[0])
+
+
+class Deep:
+    evidence = TowerEvidence(layer=-3, heads="apart")
+
+    def __call__(self, seen):
+        raise AssertionError
+
+
+class Twice:
+    evidence = TowerEvidence(layer=-1, heads="apart")
+
+    def __call__(self, seen):
+        source = torch.zeros(len(seen.features), 2, dtype=torch.long)
+        return Reduced(seen.features[:, :2], source, torch.ones_like(source, dtype=torch.bool))
+
+
+def test_what_the_model_cannot_do_is_refused_before_anything_runs(kit):
+    model = kit.vlm("llava").model
+    with pytest.raises(TypeError, match="ADSC does not reduce images"):
+        reduce_images(model, ADSC())
+    with pytest.raises(ValueError, match="layer -3 of the vision tower, which has 2"):
+        reduce_images(model, Deep())
+    model.config.vision_feature_select_strategy = "full"
+    try:
+        with pytest.raises(ValueError, match="'full' does not cut off exactly the CLS token"):
+            reduce_images(model, METHODS[0])
+    finally:
+        model.config.vision_feature_select_strategy = "default"
+
+
+def state(model):
+    hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
+    names = [{name: x for name, x in vars(m).items() if "hook" not in name} for m in model.modules()]
+    return (
+        hooks,
+        names,
+        model.config.to_dict(),
+        [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")],
+    )
+
+
+def test_what_cannot_work_is_refused_and_the_model_is_as_before(kit):
+    tiny = kit.vlm("llava")
+    model, inputs, method = tiny.model, tiny.inputs, METHODS[0]
+    stock = kit.decode(model, inputs).logits  # first: transformers leaves hooks of its own behind
+    before, plan = state(model), LazyPlan(num_layers=4, blocks=((1, 2),))
+    with reduce_images(model, method):
+        with pytest.raises(RuntimeError, match="cannot be nested"), reduce_images(model, method):
+            pass
+        for other in (compress(model, "snapkv", 40), share(model, plan), prune(model, ADSC((1,), 2))):
+            with other, pytest.raises(ValueError, match="together with compress, share or prune"):
+                model.generate(**inputs, max_new_tokens=2)
+        with pytest.raises(ValueError, match="leave prefill_chunk_size out"):
+            model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=16)
+        cache = DynamicCache(config=tiny.text_config)
+        model(**inputs, past_key_values=cache)
+        with pytest.raises(ValueError, match="images in the first turn"):
+            model(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"], past_key_values=cache)
+        with pytest.raises(ValueError, match="without the images"):
+            model(input_ids=inputs["input_ids"])
+        with pytest.raises(ValueError, match="the config's, not the call's"):
+            model(**inputs, vision_feature_layer=1)
+    with pytest.raises(ValueError, match="no room for more"), reduce_images(model, VisionZip(17, 3)) as session:
+        model.generate(**inputs, max_new_tokens=2)
+    assert session._hidden is None
+    assert not session._heard
+    assert state(model) == before
+    assert torch.equal(kit.decode(model, inputs).logits, stock)
+    with reduce_images(model, method), pytest.raises(ValueError, match="leave cache_implementation"):
+        model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
+    grid = kit.vlm("qwen2_vl")
+    with pytest.raises(ValueError, match="two tokens at one place"), reduce_images(grid.model, Twice()):
+        grid.model.generate(**grid.inputs, max_new_tokens=2)
+
+
+def test_a_cache_that_an_error_left_is_counted_as_before(kit, monkeypatch):
+    """`generate` may go on after an interrupt between two steps; the length it sees is that of the whole prompt."""
+    tiny = kit.vlm("llava")
+    cache = DynamicCache(config=tiny.text_config)
+    with reduce_images(tiny.model, METHODS[0]), torch.no_grad():
+        tiny.model(**tiny.inputs, past_key_values=cache)
+        monkeypatch.setattr(tiny.model.get_decoder().layers[0], "forward", None)
+        with pytest.raises(TypeError):
+            tiny.model(input_ids=kit.words(1, 1), past_key_values=cache)
+    assert cache.get_seq_length() == tiny.inputs["input_ids"].shape[1]
