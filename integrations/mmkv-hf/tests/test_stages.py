@@ -165,6 +165,23 @@ def test_generate_modes(kit, settings):
         assert generated() == found
 
 
+@pytest.mark.parametrize("budget", [25, 4096])
+def test_drafts_that_come_with_the_prompt_are_taken_back(kit, budget):
+    """Prompt lookup proposes tokens before the prompt has been read; layers must not count those it takes back."""
+    tiny = kit.vlm("llava", dtype=F64)
+    inputs = pad(tiny.inputs, left=[5])
+    inputs["input_ids"][0, -4:] = inputs["input_ids"][0, -14:-10]
+    lengths = []
+    hook = tiny.model.get_decoder().register_forward_pre_hook(
+        lambda m, a, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    with prune(tiny.model, METHODS[0]), compress(tiny.model, kit.PIPELINE, budget):
+        found = tiny.model.generate(**inputs, max_new_tokens=8, prompt_lookup_num_tokens=3)
+        hook.remove()
+        assert lengths[0] > inputs["input_ids"].shape[1]
+        assert torch.equal(found, tiny.model.generate(**inputs, max_new_tokens=8, do_sample=False))
+
+
 def test_every_answer_token_from_what_is_left(kit):
     """The cache is cropped by one and the last prompt token run again."""
     tiny = kit.vlm("llava", dtype=F64)
@@ -469,3 +486,30 @@ def test_the_model_is_as_before(kit):
             assert ids.shape[1] == 5
         assert (dict(vars(model)), model.config.to_dict()) == before
         assert [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()] == hooks
+
+
+@MODES
+@pytest.mark.parametrize("how", ["reorder_cache", "batch_select_indices"])
+def test_rows_change_places(kit, how, mode):
+    """With what is known of their vision tokens: one of them has no image."""
+    tiny = kit.vlm("llava", batch=2, dtype=F64)
+    model, inputs = tiny.model, kit.without_image(tiny.inputs, row=1)
+    swap, step = torch.tensor([1, 0]), kit.words(2, 5)
+    logits = []
+    for is_swapped in (False, True):
+        with compress(model, stages_of(model, mode, kit.PIPELINE), 25) as session, torch.no_grad():
+            cache = session.cache(**inputs)
+            positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+            model(**inputs, position_ids=positions, past_key_values=cache)
+            mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 5), value=1)
+            if is_swapped:
+                getattr(cache, how)(swap)
+            order = swap if is_swapped else torch.arange(2)
+            cache.expect(mask.shape[1])
+            more = {"position_ids": ((mask.cumsum(1) - 1)[:, -5:])[order], "attention_mask": mask[order]}
+            model(input_ids=step[order], past_key_values=cache, **more)
+            last = {"position_ids": mask.sum(1, keepdim=True)[order]}
+            longer = torch.nn.functional.pad(mask, (0, 1), value=1)[order]
+            out = model(input_ids=step[order, :1], attention_mask=longer, past_key_values=cache, **last)
+            logits.append(out.logits[order])
+    assert kit.difference(*logits) < EXACT

@@ -333,7 +333,9 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         end = self.group.request.prompt_end
         try:
             keys, values, slots = self._prompt_entries(end)
-            lengths = self._lengths(keys, visible)
+            # Of the first layer alone they count: those behind a layer that prunes see fewer.
+            held = torch.full(keys.shape[:1], end, device=keys.device) if visible is None else visible.sum(-1)
+            lengths = held.expand(keys.shape[0]) if self.padding is None else held - self.padding
             kept = self._decide(keys, values, slots, visible, lengths, scaling, softcap)
             if kept is not None:
                 self._store(keys, values, slots, kept, end - lengths)
@@ -343,14 +345,6 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         finally:
             self._rows, self._sums, self._done_at = None, None, end
         self.group.finish()
-
-    def _lengths(self, keys: Tensor, visible: Tensor | None) -> Tensor:
-        """[B] int64, real tokens of each prompt, as the first layer counts them: pruning hides some from later ones."""
-        if self.group.round is not None:
-            return self.group.round.lengths
-        end = self.group.request.prompt_end
-        held = torch.full(keys.shape[:1], end, device=keys.device) if visible is None else visible.sum(-1)
-        return held.expand(keys.shape[0]) if self.padding is None else held - self.padding
 
     def _pair_bytes(self, keys: Tensor, values: Tensor) -> int:
         """Bytes of one KV pair in all heads of all layers: what lazy layers store of it belongs to their anchor's."""

@@ -145,10 +145,7 @@ class PruneSession(Opened):
     ) -> tuple[Tensor, dict[str, Any]]:
         """What layer `index` is given instead."""
         reading = self._reading
-        lending = kwargs.get("mmkv_lending")
         if reading is None:
-            if lending is not None and index in self.held:
-                lending.held[index] = self.held[index]
             return hidden, self._after(index, hidden, kwargs) if index in self.held else kwargs
         if index == 0 and self.plan.evidence is not None and self.plan.evidence.embeddings:
             reading.embeddings = hidden
@@ -163,8 +160,8 @@ class PruneSession(Opened):
             kwargs = reading.gathered(full, hidden)
         if index >= self.plan.layers[0]:
             self.held[index] = reading.held
-            if lending is not None:
-                lending.held[index] = reading.held
+            if kwargs.get("mmkv_lending") is not None:
+                kwargs["mmkv_lending"].held[index] = reading.held
             cached = _compressed(kwargs, index)
             if cached is not None:
                 cached.hold(*reading.held[:3])
