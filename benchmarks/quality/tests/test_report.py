@@ -10,6 +10,7 @@ import zlib
 import numpy as np
 import pytest
 from mmkv_layershare import LazyPlan
+from mmkv_pipelines import Pipeline
 from mmkv_quality import compared, guide, pages, plots, report, trust
 from mmkv_quality.benchmark import Benchmark, of_json, to_json
 from mmkv_quality.cells import Cell, Method, Setting
@@ -296,3 +297,10 @@ def test_stages_are_beside_the_same_without_them(bench, page):
     assert f"{100 * sum(evicting) / COUNT:.1f} ±" in rows["fastv ! adakv+bacon", "32"][4]
     assert rows["vla", ""][6].strip() == ""  # the second model has no plan
     assert "vla on two: there is no plan" in page
+
+
+def test_a_floor_of_one_is_uniform_in_text(page):
+    section = page.split("## AdaKV against uniform budgets")[1].split("\n## ")[0]
+    shown = [line.split("|")[2].strip() for line in section.splitlines() if "adakv(floor=" in line]
+    assert shown == [f"`adakv(floor={floor})`" for _ in range(2) for floor in (0.5, 0.8, 1.0)]
+    assert Pipeline.parse(Method(share="adakv(floor=1.0)").text(8)).heads.floor == 1.0

@@ -210,6 +210,7 @@ def _full(models: tuple[str, ...]) -> tuple[Group, ...]:
         "sensitivity of MixKV to r": ("mixkv", _around("mixkv", MIXKV_SETTINGS)),
         "sensitivity of BACON to m and r": ("bacon", _around("bacon", BACON_SETTINGS)),
         "ablation of BACON's terms E, L, T": ("terms", _around("bacon", BACON_TERMS)),
+        "ablation of AdaKV's floor": ("floor", (Method(), *(Method(share=share) for share in ADAKV_FLOORS))),
     }
     return (
         Group("main", "every method at every budget", _cells(every, all_methods())),
@@ -229,6 +230,10 @@ BACON_SETTINGS: Final = (
     *(f"(reach={r})" for r in (3, 7, 9)),
 )
 BACON_TERMS: Final = ("", "(terms=et)", "(terms=el)", "(terms=lt)", "(preset=paper)", "(preset=rel)")
+
+
+ADAKV_FLOORS: Final = ("adakv", *(f"adakv(floor={floor})" for floor in (0.5, 0.8, 1.0)))
+"""From the published 0.2 to 1, which leaves nothing to adapt: uniform budgets."""
 
 
 def _around(wrap: str, settings: tuple[str, ...]) -> tuple[Method, ...]:

@@ -191,7 +191,21 @@ def _adakv(bench: Benchmark) -> list[list[str]]:
         f"Of {len(signs)} comparisons of exact match AdaKV is clearly better in {signs.count('+')}, clearly worse in "
         f"{signs.count('-')}, neither in {signs.count('=')}."
     )
-    return [[sentence], table(["setting", "pipeline", *map(str, budgets)], rows, left=2)]
+    return [[sentence], table(["setting", "pipeline", *map(str, budgets)], rows, left=2), *_floors(bench)]
+
+
+def _floors(bench: Benchmark) -> list[list[str]]:
+    """What is lost or won by adapting, against how much of it the floor allows."""
+    budgets, rows = bench.budgets("floor"), []
+    for setting in bench.settings("floor"):
+        for method in bench.methods("floor"):
+            found = [difference(bench, Cell(setting, method, b), Cell(setting, Method(), b)) for b in budgets]
+            if method != Method() and any(found):
+                rows.append([code(setting.key), code(method.name), *map(change, found)])
+    if not rows:
+        return []
+    words = "The same by AdaKV's floor, the share of its budget that every head keeps (published: 0.2; 1 is uniform):"
+    return [[words], table(["setting", "pipeline", *map(str, budgets)], rows, left=2)]
 
 
 def _stages(bench: Benchmark) -> list[list[str]]:
