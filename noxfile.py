@@ -20,6 +20,7 @@ META = {path: tomllib.loads((path / "pyproject.toml").read_text())["project"] fo
 FOLDER = {meta["name"]: path for path, meta in META.items()}
 MODULE = {name: name.replace("-", "_") for name in FOLDER}
 CONSTRAINTS = ROOT / "constraints.txt"
+NOT_HERE = ("triton", "lmms")  # extras for GPUs, and for an environment of its own
 PINS = dict(line.split("==") for line in CONSTRAINTS.read_text().splitlines() if "==" in line and line[0] != "#")
 TORCH = f"torch=={PINS['torch']}"
 SUPPORTED = ("5.17.0", "5.20.0", PINS["transformers"])
@@ -42,11 +43,11 @@ def install_tree(session: nox.Session) -> None:
 
 
 def third_party(names: Iterable[str] = FOLDER, *, extras: bool = True) -> list[str]:
-    """What these packages of ours (and their extras but triton, which only GPUs need) take from others."""
+    """What these packages of ours, and their extras but those of `NOT_HERE`, take from others."""
     needed: set[str] = set()
     for meta in (META[FOLDER[name]] for name in names):
         groups = meta.get("optional-dependencies", {}) if extras else {}
-        optional = [requirement for name, group in groups.items() if name != "triton" for requirement in group]
+        optional = [requirement for name, group in groups.items() if name not in NOT_HERE for requirement in group]
         needed |= {r for r in [*meta.get("dependencies", []), *optional] if not r.startswith("mmkv-")}
     return sorted(needed)
 
@@ -136,6 +137,27 @@ def docs(session: nox.Session) -> None:
     """The documentation site, strict."""
     session.install("mkdocs-material", "mkdocstrings[python]", "-c", str(CONSTRAINTS))
     session.run("mkdocs", "build", "--strict")
+
+
+@nox.session
+def quality(session: nox.Session) -> None:
+    """Every method on the bundled models; a quick run leaves the committed pages alone."""
+    install(session)
+    pages = () if "--quick" in session.posargs else ("--pages", "benchmarks/results")
+    session.run("python", "-m", "mmkv_quality", "run", *pages, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def lmms(session: nox.Session) -> None:
+    """lmms-eval's own command with our model beside our harness, in an environment of 2.5 GB."""
+    pins = FOLDER["mmkv-lmms-eval"] / "constraints.txt"
+    extras = META[FOLDER["mmkv-lmms-eval"]]["optional-dependencies"]["lmms"]
+    needed = third_party(_closure("mmkv-lmms-eval") | _closure("mmkv-testbed"), extras=False)
+    session.install(TORCH)
+    session.install(TORCH, "pytest", *extras, *needed, "-c", str(pins))
+    install_tree(session)
+    arguments = session.posargs or [str(FOLDER["mmkv-lmms-eval"] / "tests")]
+    session.run("python", "-m", "pytest", *arguments, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 @pytest.fixture
 def page(tmp_path):
     sample = make_samples(1, seed=3, task="value", suffix=0)[0]
-    sample.image.save(tmp_path / "page.png")
+    sample.images[0].save(tmp_path / "page.png")
     return sample, str(tmp_path / "page.png")
 
 
@@ -48,7 +48,7 @@ def test_the_prompt_has_one_bos(page, start):
 
 def test_a_picture_that_fails_leaves_the_answer(page, tmp_path):
     sample, _ = page
-    wide = sample.image.resize((400, 192))  # the processor squeezes it into a square
+    wide = sample.images[0].resize((400, 192))  # the processor squeezes it into a square
     wide.save(tmp_path / "wide.png")
     out = run("--image", str(tmp_path / "wide.png"), "--prompt", sample.prompt, "--plot", str(tmp_path / "kept.png"))
     assert out.exit_code == 1

@@ -56,7 +56,7 @@ def sample():
 
 
 def picture(sample, shares):
-    return np.asarray(draw_kept(sample.image, shares.astype(np.float32), sample.box, "caption"), np.float32)
+    return np.asarray(draw_kept(sample.images[0], shares.astype(np.float32), sample.evidence[0], "caption"), np.float32)
 
 
 def test_the_picture_shows_what_was_kept(sample):
@@ -67,7 +67,7 @@ def test_the_picture_shows_what_was_kept(sample):
     first, last = changed.any(1).nonzero()[0][[0, -1]]
     assert last - first + 1 == 32, "one row of cells"
     assert changed[first : last + 1].mean() > 0.9
-    assert side_by_side([sample.image] * 2, gap=10).size == (394, 192)
+    assert side_by_side([sample.images[0]] * 2, gap=10).size == (394, 192)
 
 
 def test_one_head_of_many_is_seen_and_more_heads_are_redder(sample):

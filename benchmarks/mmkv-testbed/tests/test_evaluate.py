@@ -40,7 +40,7 @@ def test_full_cache_exact_match(loaded, task, suffix):
 def test_the_answer_comes_from_the_page(loaded):
     """Asked about another page, the model must fail: nothing but the pixels holds the digits."""
     samples = make_samples(17, seed=HELD_OUT, task="value", suffix=0)
-    swapped = [replace(sample, image=other.image) for sample, other in pairwise(samples)]
+    swapped = [replace(sample, images=other.images) for sample, other in pairwise(samples)]
     assert exact_match(*loaded, swapped).exact_match.mean == 0
 
 
@@ -52,7 +52,7 @@ def test_mixed_suffixes_in_one_padded_batch(loaded):
 
 def test_bfloat16(loaded):
     samples = make_samples(16, seed=HELD_OUT, task="value")
-    assert exact_match(*load(torch.bfloat16), samples).exact_match.mean >= 0.85
+    assert exact_match(*load(dtype=torch.bfloat16), samples).exact_match.mean >= 0.85
 
 
 def test_an_answer_that_never_ends_is_wrong(loaded):

@@ -1,4 +1,4 @@
-"""Tokenizer and processor, both as built and as shipped."""
+"""Tokenizers and processors, both as built and as shipped."""
 
 import json
 import subprocess
@@ -8,15 +8,19 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from mmkv_testbed import batch_inputs, make_sample, make_samples, model_path
-from mmkv_testbed.processor import build_processor
+from mmkv_testbed import batch_inputs, make_sample, make_samples, model_names, model_path
+from mmkv_testbed.processor import build_llava_processor, build_qwen2vl_processor
 from mmkv_testbed.vocabulary import TOKEN_ID, WORDS
 from transformers import AutoProcessor, AutoTokenizer
 
+BUILT = {"llava": build_llava_processor, "qwen2vl": build_qwen2vl_processor}
 
-@pytest.fixture(scope="module", params=["built", "shipped"])
+
+@pytest.fixture(scope="module", params=[*BUILT, *model_names()])
 def processor(request):
-    return build_processor() if request.param == "built" else AutoProcessor.from_pretrained(model_path())
+    return (
+        BUILT[request.param]() if request.param in BUILT else AutoProcessor.from_pretrained(model_path(request.param))
+    )
 
 
 def test_ids_of_the_words(processor):
@@ -33,21 +37,25 @@ def test_round_trip(processor):
     assert tokenizer("a word it never saw", add_special_tokens=False).input_ids.count(4) == 5
 
 
-def test_one_placeholder_per_cell(processor):
-    sample = make_sample(0, 0, suffix=3)
-    inputs = processor(images=sample.image, text=sample.prompt, return_tensors="pt")
-    ids = inputs["input_ids"][0].tolist()
-    assert ids[:1] == [TOKEN_ID["<bos>"]]
-    assert ids[1:577] == [TOKEN_ID["<image>"]] * 576
-    assert processor.tokenizer.decode(ids[577:]) == sample.prompt.removeprefix("<image> ")
-    assert inputs["pixel_values"].shape == (1, 3, 192, 192)
+@pytest.mark.parametrize("task", ["value", "images", "video"])
+def test_one_placeholder_per_cell(processor, task):
+    sample = make_sample(0, 0, task, suffix=3)
+    inputs = batch_inputs(processor, [sample])
+    words = sample.prompt.replace("<image>", " ".join(["<image>"] * 576)).split()
+    assert inputs["input_ids"][0].tolist() == [TOKEN_ID["<bos>"], *(TOKEN_ID[word] for word in words)]
 
 
 def test_pixels_are_not_resampled(processor):
     sample = make_sample(0, 0)
-    pixels = processor(images=sample.image, text=sample.prompt, return_tensors="pt")["pixel_values"][0]
-    wanted = torch.from_numpy(np.asarray(sample.image).transpose(2, 0, 1) / 127.5 - 1).float()
-    torch.testing.assert_close(pixels, wanted, rtol=0, atol=1e-6)
+    inputs = batch_inputs(processor, [sample])
+    images = processor.image_processor
+    wanted = np.asarray(sample.images[0]).transpose(2, 0, 1) / 255
+    wanted = torch.from_numpy((wanted - images.image_mean[0]) / images.image_std[0]).float()
+    if "image_grid_thw" in inputs:
+        assert inputs["image_grid_thw"].tolist() == [[1, 48, 48]]
+        patches = wanted.view(3, 24, 2, 4, 24, 2, 4).permute(1, 4, 2, 5, 0, 3, 6).unsqueeze(5)
+        wanted = patches.expand(-1, -1, -1, -1, -1, 2, -1, -1).reshape(48 * 48, -1)
+    torch.testing.assert_close(inputs["pixel_values"].view_as(wanted), wanted, rtol=0, atol=1e-5)
 
 
 def test_padding_is_on_the_left(processor):
@@ -58,11 +66,11 @@ def test_padding_is_on_the_left(processor):
     assert inputs["input_ids"][:, -1].tolist() == [TOKEN_ID[":"]] * 2
 
 
-def test_several_images_per_prompt(processor):
-    first, second = make_samples(2)
-    inputs = processor(images=[[first.image, second.image]], text=[f"<image> {first.prompt}"], return_tensors="pt")
-    assert (inputs["input_ids"] == TOKEN_ID["<image>"]).sum() == 2 * 576
-    assert inputs["pixel_values"].shape[0] == 2
+def test_images_belong_to_their_prompts(processor):
+    samples = make_samples(2, task="images", suffix=0)
+    both = batch_inputs(processor, samples)["pixel_values"]
+    alone = torch.cat([batch_inputs(processor, [sample])["pixel_values"] for sample in samples])
+    assert both.equal(alone)
 
 
 def test_chat_template_writes_the_training_prompt(processor):
@@ -73,31 +81,43 @@ def test_chat_template_writes_the_training_prompt(processor):
     assert text == sample.prompt
 
 
-def test_the_shipped_tokenizer_loads_alone():
-    assert AutoTokenizer.from_pretrained(model_path())("value").input_ids == [1, TOKEN_ID["value"]]
+@pytest.mark.parametrize("name", model_names())
+def test_the_shipped_tokenizer_loads_alone(name):
+    assert AutoTokenizer.from_pretrained(model_path(name))("value").input_ids == [1, TOKEN_ID["value"]]
 
 
-def test_no_remote_code_and_small():
-    files = [path for path in model_path().iterdir() if path.is_file()]
+@pytest.mark.parametrize("name", model_names())
+def test_no_remote_code_and_small(name):
+    files = [path for path in model_path(name).iterdir() if path.is_file()]
     assert not [path for path in files if path.suffix == ".py"]
-    assert "auto_map" not in json.loads((model_path() / "config.json").read_text())
-    assert sum(path.stat().st_size for path in files) < 3_000_000
+    assert "auto_map" not in json.loads((model_path(name) / "config.json").read_text())
+    assert sum(path.stat().st_size for path in files) < 8_000_000
 
 
-def test_loads_without_torchvision():
+def test_an_unknown_model_is_named():
+    with pytest.raises(ValueError, match="no model 'huge'"):
+        model_path("huge")
+
+
+def test_models_load_without_torchvision():
     code = """
         import sys
         sys.modules["torchvision"] = None  # importing it now fails, and it counts as not installed
-        from mmkv_testbed import make_sample, model_path
+        from mmkv_testbed import batch_inputs, make_sample, model_names, model_path
         from transformers import AutoModelForImageTextToText, AutoProcessor
-        model = AutoModelForImageTextToText.from_pretrained(model_path())
-        processor = AutoProcessor.from_pretrained(model_path())
-        sample = make_sample(0, 0)
-        inputs = processor(images=sample.image, text=sample.prompt, return_tensors="pt").to(model.dtype)
-        out = model.generate(**inputs, max_new_tokens=2, do_sample=False)
-        assert out.shape[1] == inputs["input_ids"].shape[1] + 2
-        print(type(model).__name__, type(processor).__name__, type(processor.image_processor).__name__)
+        for name in model_names():
+            model = AutoModelForImageTextToText.from_pretrained(model_path(name))
+            processor = AutoProcessor.from_pretrained(model_path(name))
+            inputs = batch_inputs(processor, [make_sample(0, 0)]).to(model.dtype)
+            out = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+            assert out.shape[1] == inputs["input_ids"].shape[1] + 2
+            print(type(model).__name__, type(processor).__name__, type(processor.image_processor).__name__)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["LlavaForConditionalGeneration", "LlavaProcessor", "LlavaImageProcessorPil"]
+    kinds = {
+        "LlavaForConditionalGeneration LlavaProcessor LlavaImageProcessorPil",
+        "Qwen2VLForConditionalGeneration PaddleOCRVLProcessor Qwen2VLImageProcessorPil",
+    }
+    assert set(done.stdout.splitlines()) <= kinds
+    assert len(done.stdout.splitlines()) == len(model_names())

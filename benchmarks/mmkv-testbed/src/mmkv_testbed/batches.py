@@ -2,123 +2,215 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Final
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .pages import Layout, Page, draw_cells, make_page
-from .samples import Task, answer_offsets, answer_words, question_words
+from .glyphs import PIXEL_MEAN, PIXEL_STD
+from .pages import RECORD_LENGTH, Arrangement, Ink, Layout, Page, draw_cells
+from .samples import (
+    Corner,
+    Question,
+    Task,
+    answer_ranks,
+    answer_words,
+    make_pages,
+    question_words,
+)
 from .vocabulary import EOS, FILLERS, GRID, LETTERS, encode
 
 IGNORED: Final = -100
-"""Label of tokens that are not answers."""
+"""Label of tokens that are not answers; pointer of tokens that no cell shows."""
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
-    """One crop size of the curriculum.
+class View:
+    """One kind of step: crops of a size and what is asked about them.
 
     Attributes:
-        size: Rows and columns of the crop.
-        records: Records on it.
-        questions: Questions per page, all in one sequence, each about another record.
-        batch: Pages per step.
-        steps: Most steps.
-        suffix: Longest run of fillers after a question.
-        auxiliary: Weight of the auxiliary losses.
-        goal: The stage ends early when digit accuracy over the steps since the last log line passes this.
-        decay: Whether the learning rate falls to zero over the second half.
+        rows: Rows of a crop.
+        columns: Columns of a crop.
+        records: Records on a crop.
+        questions: Questions per prompt.
+        batch: Prompts per step.
+        tasks: What is asked; a task listed twice is asked twice as often. All show equally many images.
+        arrangements: Of the pages, one for each prompt.
+        weight: How often this view is chosen among a stage's.
     """
 
-    size: int
+    rows: int
+    columns: int
     records: int
     questions: int
     batch: int
-    steps: int
-    suffix: int
-    auxiliary: float
-    goal: float = 1.0
-    decay: bool = False
+    tasks: tuple[Task, ...]
+    arrangements: tuple[Arrangement, ...] = tuple(Arrangement)
+    weight: float = 1.0
+
+    @property
+    def images(self) -> int:
+        """Images in each prompt."""
+        return self.tasks[0].images
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Crops of equal size, from anywhere in the grid, with the same tasks and suffixes in every row.
+    """Prompts of equal shape: in every row the same number of crops, and the same tasks and suffixes.
+
+    Cells are numbered over all crops of a prompt. Questions do not see one another (`block`): each is a prompt of its
+    own that shares the images.
 
     Attributes:
-        patches: float32 `[B, N, 192]`, normalised cells.
-        cells: int64 `[B, N]`, index of each cell in the full grid.
+        patches: float32 `[B, N, 192]`, normalised cells of all crops.
+        cells: int64 `[B, N]`, index of each cell in the full grid of its image.
+        images: Crops per prompt.
+        columns: Cells in a row of a crop.
         tokens: int64 `[B, T]`, all questions and answers.
+        block: int64 `[T]`, number of the question a token belongs to.
+        tasks: Task of each question.
         labels: int64 `[B, T]`, the answers' tokens; `IGNORED` elsewhere.
-        pointers: int64 `[B, T]`, for each answer token the crop's cell that shows it; `IGNORED` elsewhere.
-        keys: int64 `[B, R]`, letter number of each record.
-        homes: int64 `[B, R]`, the crop's cell that holds its key.
+        pointers: int64 `[B, T]`, for each answer token the cell that shows it; `IGNORED` elsewhere.
+        regions: int64 `[B, T, RECORD_LENGTH]`, all cells of the record the pointer lies in; `IGNORED` elsewhere.
+        owners: int64 `[B, T]`, letter number of that record's key; `IGNORED` elsewhere.
+        ranks: int64 `[B, T]`, the pointer's place in the record; `IGNORED` elsewhere.
+        homes: int64 `[B, R, RECORD_LENGTH]`, cells of every record of every crop.
+        keys: int64 `[B, R]`, letter number of each of those records.
     """
 
     patches: Tensor
     cells: Tensor
+    images: int
+    columns: int
     tokens: Tensor
+    block: Tensor
+    tasks: tuple[Task, ...]
     labels: Tensor
     pointers: Tensor
-    keys: Tensor
+    regions: Tensor
+    owners: Tensor
+    ranks: Tensor
     homes: Tensor
+    keys: Tensor
+
+
+class Asked(NamedTuple):
+    """One question and its answer, token by token; the fields are rows of `Batch`'s."""
+
+    tokens: list[int]
+    labels: list[int]
+    pointers: list[int]
+    regions: list[tuple[int, ...]]
+    owners: list[int]
+    ranks: list[int]
 
 
 def normalised(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Cells as the image processor and the patch convolution see them: `[R, C, 8, 8, 3]` -> float32 `[R * C, 192]`."""
     flat = pixels.transpose(0, 1, 4, 2, 3).reshape(pixels.shape[0] * pixels.shape[1], -1)
-    return flat.astype(np.float32) / 127.5 - 1
+    centred = (flat.astype(np.float32) / 255 - PIXEL_MEAN) / PIXEL_STD
+    return centred.astype(np.float32)
 
 
-def random_corners(rng: np.random.Generator, batch: int, size: int) -> Tensor:
-    """Top and left of square crops, int64 `[batch, 2]`; one per page, as one for all would pull the places' biases."""
-    return torch.from_numpy(rng.integers(0, GRID - size + 1, (batch, 2)))
+def random_corner(rng: np.random.Generator, rows: int, columns: int) -> Corner:
+    """Of a crop; each page has its own, as one for all would pull the places' biases."""
+    return Corner(int(rng.integers(0, GRID - rows + 1)), int(rng.integers(0, GRID - columns + 1)))
 
 
-def crop_cells(corners: Tensor, size: int) -> Tensor:
-    """Indices in the full grid of the crops' cells, int64 `[B, size * size]`."""
-    within = torch.arange(size)[:, None] * GRID + torch.arange(size)
-    return (corners[:, :1] * GRID + corners[:, 1:]) + within.flatten()
+def crop_cells(corner: Corner, rows: int, columns: int) -> NDArray[np.int64]:
+    """Indices in the full grid of a crop's cells, int64 `[rows * columns]`."""
+    down, right = np.mgrid[corner.top : corner.top + rows, corner.left : corner.left + columns]
+    cells: NDArray[np.int64] = (down * GRID + right).ravel()
+    return cells
 
 
-def _ask(
-    page: Page, task: Task, index: int, fillers: tuple[str, ...], corner: Tensor
-) -> tuple[list[int], list[int], list[int]]:
-    """Tokens, labels and pointers of one question about a crop with this top left corner."""
-    record = page.records[index]
-    home = record.cells(page.glyphs.shape[1])
-    top, left = (int(i) for i in corner)
-    shown = replace(record, row=top + record.row, column=left + record.column)
-    question, answer = encode(question_words(task, record.key, fillers)), encode((*answer_words(task, shown), EOS))
-    silent = [IGNORED] * len(question)
-    cells = [home[offset] for offset in answer_offsets(task)]
-    return question + answer, silent + answer, [*silent, *cells, IGNORED]
+def _question(rng: np.random.Generator, task: Task, pages: Sequence[Page]) -> Question:
+    image = int(rng.integers(len(pages)))
+    page = pages[image]
+    chosen = rng.permutation(len(page.records))[: task.keys]
+    return Question(task, image, tuple(page.records[i] for i in chosen))
 
 
-def make_batch(rng: np.random.Generator, stage: Stage) -> Batch:
+def _ask(question: Question, page: Page, fillers: tuple[str, ...], corner: Corner) -> Asked:
+    """The question about a crop with this top left corner, token by token."""
+    columns = page.glyphs.shape[1]
+    before = question.image * page.glyphs.size
+    asked = encode(question_words(question, fillers))
+    answer = encode((*answer_words(question, corner), EOS))
+    homes = [tuple(before + cell for cell in record.cells(columns)) for record in question.records]
+    ranks = answer_ranks(question.task)
+    silent = [IGNORED] * len(asked)
+    nowhere = (IGNORED,) * RECORD_LENGTH
+    return Asked(
+        asked + answer,
+        silent + answer,
+        [*silent, *(home[rank] for home in homes for rank in ranks), IGNORED],
+        [*(nowhere for _ in asked), *(home for home in homes for _ in ranks), nowhere],
+        [*silent, *(LETTERS.index(record.key) for record in question.records for _ in ranks), IGNORED],
+        [*silent, *ranks * len(homes), IGNORED],
+    )
+
+
+def _suffix(rng: np.random.Generator, longest: int) -> int:
+    """Often none, else any length."""
+    return int(rng.integers(0, longest + 1)) if rng.random() < 0.7 else 0
+
+
+class Row(NamedTuple):
+    """One prompt of a batch; the fields are rows of `Batch`'s."""
+
+    patches: NDArray[np.float32]
+    cells: NDArray[np.int64]
+    asked: list[Asked]
+    homes: list[list[int]]
+    keys: list[int]
+
+
+Plan = list[tuple[Task, int]]
+"""Task and suffix of each question."""
+
+
+def _row(rng: np.random.Generator, view: View, plan: Plan) -> Row:
+    arrangement = view.arrangements[rng.integers(len(view.arrangements))]
+    layout = Layout(view.rows, view.columns, view.records, arrangement, tuple(Ink)[rng.integers(len(Ink))])
+    corner, pages = random_corner(rng, view.rows, view.columns), make_pages(rng, view.tasks[0], layout)
+    patches = np.concatenate([normalised(draw_cells(rng, page.glyphs, page.inks, page.rulings)) for page in pages])
+    asked = []
+    for task, suffix in plan:
+        question = _question(rng, task, pages)
+        fillers = tuple(FILLERS[i] for i in rng.integers(0, len(FILLERS), suffix))
+        asked.append(_ask(question, pages[question.image], fillers, corner))
+    size, records = view.rows * view.columns, [(i, record) for i, page in enumerate(pages) for record in page.records]
+    return Row(
+        patches,
+        np.tile(crop_cells(corner, view.rows, view.columns), view.images),
+        asked,
+        [[i * size + cell for cell in record.cells(view.columns)] for i, record in records],
+        [LETTERS.index(record.key) for _, record in records],
+    )
+
+
+def make_batch(rng: np.random.Generator, view: View, longest_suffix: int) -> Batch:
     """Fresh pages for one step."""
-    size = stage.size
-    layout = Layout(size, size, stage.records)
-    corners = random_corners(rng, stage.batch, size)
-    plan = [
-        (tuple(Task)[rng.integers(len(Task))], int(index), int(rng.integers(0, stage.suffix + 1)))
-        for index in rng.permutation(stage.records)[: stage.questions]  # never twice: the answer above could be copied
-    ]
-    pages = [make_page(rng, layout) for _ in range(stage.batch)]
-    patches = [normalised(draw_cells(rng, page.glyphs, page.inks, page.textures)) for page in pages]
-    rows: list[list[list[int]]] = []
-    for page, corner in zip(pages, corners, strict=True):
-        parts: list[list[int]] = [[], [], []]
-        for task, index, suffix in plan:
-            fillers = tuple(FILLERS[i] for i in rng.integers(0, len(FILLERS), suffix))
-            for part, more in zip(parts, _ask(page, task, index, fillers, corner), strict=True):
-                part.extend(more)
-        rows.append(parts)
-    tokens, labels, pointers = torch.tensor(rows).unbind(1)
-    keys = torch.tensor([[LETTERS.index(record.key) for record in page.records] for page in pages])
-    homes = torch.tensor([[record.cells(size)[0] for record in page.records] for page in pages])
-    return Batch(torch.from_numpy(np.stack(patches)), crop_cells(corners, size), tokens, labels, pointers, keys, homes)
+    plan = [(view.tasks[rng.integers(len(view.tasks))], _suffix(rng, longest_suffix)) for _ in range(view.questions)]
+    rows = [_row(rng, view, plan) for _ in range(view.batch)]
+    block = [number for number, one in enumerate(rows[0].asked) for _ in one.tokens]
+
+    def joined(field: str) -> Tensor:
+        return torch.tensor([[token for one in row.asked for token in getattr(one, field)] for row in rows])
+
+    return Batch(
+        patches=torch.from_numpy(np.stack([row.patches for row in rows])),
+        cells=torch.from_numpy(np.stack([row.cells for row in rows])),
+        images=view.images,
+        columns=view.columns,
+        block=torch.tensor(block),
+        tasks=tuple(task for task, _ in plan),
+        homes=torch.tensor([row.homes for row in rows]),
+        keys=torch.tensor([row.keys for row in rows]),
+        **{field: joined(field) for field in Asked._fields},
+    )

@@ -24,11 +24,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
-from transformers import BatchFeature, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from .evaluate import Estimate, Result, batch_inputs, exact_match
-from .load import load
+from .load import DEFAULT, load, model_names
 from .overlay import draw_kept, side_by_side
+from .pages import Arrangement, Layout
 from .samples import MAX_SUFFIX, Sample, Task, make_samples
 
 WITHOUT_MIXKV: Final = "adakv+bacon"
@@ -42,7 +43,7 @@ PROTOCOL: Final = (
     "of 32 included. ± is one standard error over pages; tokens are scored on the freely generated answer."
 )
 
-Loaded = tuple[LlavaForConditionalGeneration, LlavaProcessor]
+Loaded = tuple[PreTrainedModel, ProcessorMixin]
 Kept = dict[tuple[str, int], NDArray[np.float32]]
 """(pipeline, budget) -> `Compressed.shares`."""
 
@@ -79,7 +80,7 @@ class Line:
 class Compressed:
     """A `Generate` that answers from a compressed cache and adds up what the caches hold."""
 
-    model: LlavaForConditionalGeneration
+    model: PreTrainedModel
     pipeline: str
     budget: int
     bytes_held: int = 0
@@ -100,15 +101,15 @@ class Compressed:
             if self.shares is None:
                 self.shares = report.vision_kept[0].mean(0).numpy()
             cache.crop(-1)
-            text = {name: value for name, value in inputs.items() if name != "pixel_values"}  # the cache has seen them
+            text = {name: inputs[name] for name in ("input_ids", "attention_mask")}  # the cache has seen the images
             out: Tensor = self.model.generate(**text, past_key_values=cache, max_new_tokens=new_tokens, do_sample=False)
         return out
 
 
-def _full_bytes(model: LlavaForConditionalGeneration, inputs: BatchFeature) -> int:
+def _full_bytes(model: PreTrainedModel, inputs: BatchFeature) -> int:
     """Bytes of keys and values of the prompts without compression."""
-    text = model.config.text_config
-    per_token: int = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * model.dtype.itemsize
+    text, attention = model.config.text_config, model.model.language_model.layers[0].self_attn
+    per_token: int = 2 * text.num_hidden_layers * text.num_key_value_heads * attention.head_dim * model.dtype.itemsize
     return int(inputs["attention_mask"].sum()) * per_token
 
 
@@ -221,8 +222,9 @@ def _picture(sample: Sample, kept: Kept, lines: Sequence[Line], out: Path) -> No
     panels = []
     for pipeline, budget in PICTURED:
         if (shares := kept.get((pipeline, budget))) is not None:
-            caption = f"{pipeline}, budget {budget}: {sample.task} {sample.record.key}? {answers[pipeline, budget]}"
-            panels.append(draw_kept(sample.image, shares, sample.box, caption))
+            question = sample.prompt.removeprefix("<image> ").partition("?")[0]
+            caption = f"{pipeline}, budget {budget}: {question}? {answers[pipeline, budget]}"
+            panels.append(draw_kept(sample.images[0], shares, sample.evidence[0], caption))
     if panels:
         side_by_side(panels).save(out)
 
@@ -232,8 +234,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=Path("demo-output"), help="folder for results.txt, results.json and kept.png"
     )
+    parser.add_argument("--model", choices=model_names(), default=DEFAULT)
     parser.add_argument("--pages", type=int, default=100)
-    parser.add_argument("--task", type=Task, choices=list(Task), default=Task.DESCRIBE)
+    single = [task for task in Task if task.images == 1]
+    parser.add_argument("--task", type=Task, choices=single, default=Task.DESCRIBE)
+    parser.add_argument("--arrangement", type=Arrangement, choices=list(Arrangement), default=Arrangement.HORIZONTAL)
     parser.add_argument("--suffix", type=int, default=MAX_SUFFIX, help="filler tokens between question and answer")
     parser.add_argument("--pipelines", nargs="+", default=list(PIPELINES))
     parser.add_argument("--budgets", nargs="+", type=int, default=list(BUDGETS))
@@ -253,14 +258,16 @@ def main() -> None:
     options = _options()
     options.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    workers = [load(torch.float32) for _ in range(options.workers)]
-    samples = make_samples(options.pages, seed=options.seed, task=options.task, suffix=options.suffix)
+    workers = [load(options.model) for _ in range(options.workers)]
+    layout = Layout(arrangement=options.arrangement)
+    samples = make_samples(options.pages, seed=options.seed, task=options.task, suffix=options.suffix, layout=layout)
     chosen = {"pipelines": options.pipelines, "budgets": options.budgets, "batch_size": options.batch_size}
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("answering", total=1 + len(options.pipelines) * len(options.budgets))
         lines, kept = run(workers, samples, **chosen, on_line=lambda _: progress.advance(bar))
     console = Console(record=True, width=110)
-    title = f"{options.task}, {options.suffix} filler tokens after the question, {options.pages} pages"
+    where = f"{options.model}: {options.task}, {options.arrangement}"
+    title = f"{where}, {options.suffix} filler tokens after the question, {options.pages} pages"
     console.print(table(lines, title))
     console.print(verdict(lines), highlight=False)
     console.print(f"{time.perf_counter() - start:.0f} s with {options.workers} threads")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import BatchFeature, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from .samples import Sample
 from .vocabulary import EOS
@@ -70,21 +70,21 @@ def score(answers: Sequence[str], samples: Sequence[Sample]) -> Result:
     return Result(tuple(answers), exact, np.array([_word_share(*pair) for pair in pairs]))
 
 
-def batch_inputs(processor: LlavaProcessor, samples: Sequence[Sample]) -> BatchFeature:
+def batch_inputs(processor: ProcessorMixin, samples: Sequence[Sample]) -> BatchFeature:
     """Model inputs of several samples, padded on the left."""
-    images, prompts = [[sample.image] for sample in samples], [sample.prompt for sample in samples]
+    images, prompts = [list(sample.images) for sample in samples], [sample.prompt for sample in samples]
     return processor(images=images, text=prompts, padding=True, return_tensors="pt")
 
 
-def _greedy(model: LlavaForConditionalGeneration, inputs: BatchFeature, new_tokens: int) -> Tensor:
+def _greedy(model: PreTrainedModel, inputs: BatchFeature, new_tokens: int) -> Tensor:
     out: Tensor = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
     return out
 
 
 @torch.no_grad()
 def exact_match(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
     samples: Sequence[Sample],
     *,
     generate: Generate | None = None,

@@ -14,6 +14,10 @@ from .vocabulary import BLANK, DIGITS, LETTERS, SYMBOLS
 CELL: Final = 8
 """Pixels along one side of a cell, which is one vision patch."""
 
+PIXEL_MEAN: Final = 0.8
+PIXEL_STD: Final = 0.3
+"""What the processors take pixels (0 to 1) to be: blank paper is about 0."""
+
 GLYPHS: Final = (BLANK, *DIGITS, *LETTERS, *SYMBOLS)
 """What a cell can hold; the names are words of the vocabulary."""
 

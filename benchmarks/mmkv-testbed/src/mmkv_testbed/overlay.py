@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from .glyphs import CELL
-from .samples import Box
 from .vocabulary import GRID
 
 _ZOOM: Final = 4
@@ -27,13 +26,13 @@ _FAINTEST: Final = 0.3
 _STEPS: Final = (0.1, 0.25, 0.5, 1.0)
 
 
-def draw_kept(image: Image.Image, shares: NDArray[np.float32], box: Box, caption: str) -> Image.Image:
+def draw_kept(image: Image.Image, shares: NDArray[np.float32], evidence: Sequence[int], caption: str) -> Image.Image:
     """The page with evicted cells pale, kept cells tinted, the evidence framed, a caption above and a legend below.
 
     Args:
         image: The page.
         shares: `[GRID * GRID]`, how many of all (layer, KV head) pairs hold each cell, as a share.
-        box: The evidence.
+        evidence: The cells that hold it.
         caption: One line.
     """
     zoomed = image.resize((image.width * _ZOOM, image.height * _ZOOM), Image.Resampling.NEAREST)
@@ -46,12 +45,25 @@ def draw_kept(image: Image.Image, shares: NDArray[np.float32], box: Box, caption
     out.paste(Image.fromarray(blended), (0, _MARGIN))
     pen = ImageDraw.Draw(out)
     pen.text((6, 5), caption, fill="black", font=ImageFont.load_default(_TEXT))
-    left, top = box.left * _SIDE, box.top * _SIDE + _MARGIN
-    pen.rectangle(
-        (left - 2, top - 2, box.right * _SIDE + 1, box.bottom * _SIDE + _MARGIN + 1), outline="black", width=3
-    )
+    _frame(pen, frozenset(evidence))
     _legend(pen, _MARGIN + zoomed.height + 6)
     return out
+
+
+def _frame(pen: ImageDraw.ImageDraw, cells: frozenset[int]) -> None:
+    """Black lines around every group of adjacent cells."""
+    for cell in cells:
+        top, left = (i * _SIDE for i in divmod(cell, GRID))
+        top, bottom, right = top + _MARGIN, top + _MARGIN + _SIDE, left + _SIDE
+        sides = {
+            cell - GRID: (left, top, right, top),
+            cell + GRID: (left, bottom, right, bottom),
+            cell - 1: (left, top, left, bottom),
+            cell + 1: (right, top, right, bottom),
+        }
+        for neighbour, line in sides.items():
+            if neighbour not in cells:
+                pen.line(line, fill="black", width=3)
 
 
 def _tint(share: NDArray[np.float32] | float) -> NDArray[np.float32]:
@@ -69,7 +81,7 @@ def _legend(pen: ImageDraw.ImageDraw, top: int) -> None:
         pen.text((left + 28, top), f"{share:.0%}", fill="black", font=font)
         left += 82
     pen.text((left, top), "of layers and KV heads keep the cell; pale: none", fill="black", font=font)
-    below = "black box: the evidence; the last cells, bottom right, lie in the protected window"
+    below = "black lines: the evidence; the last cells, bottom right, lie in the protected window"
     pen.text((6, top + 26), below, fill="black", font=font)
 
 

@@ -24,8 +24,26 @@ _FILLERS: Final = (
     "please kindly now then well so look at this page with care take your time and reply in short plain words"
 )
 FILLERS: Final = tuple(_FILLERS.split())
+MORE_PROMPT: Final = ("pair", "list", "locate", "within")
+IMAGE_NAMES: Final = ("image1", "image2", "image3")
+RULINGS: Final = ("lines", "columns", "diagonals")
+"""The paper's ruling, one per arrangement; never said, but what the vision tower is taught to say of a cell."""
 
-WORDS: Final = (*SPECIAL, *PROMPT, *DIGITS, *LETTERS, *COLOURS, *ROWS, *COLUMNS, BLANK, *SYMBOLS, *FILLERS)
+WORDS: Final = (
+    *SPECIAL,
+    *PROMPT,
+    *DIGITS,
+    *LETTERS,
+    *COLOURS,
+    *ROWS,
+    *COLUMNS,
+    BLANK,
+    *SYMBOLS,
+    *FILLERS,
+    *MORE_PROMPT,
+    *IMAGE_NAMES,
+    *RULINGS,
+)
 TOKEN_ID: Final = {word: index for index, word in enumerate(WORDS)}
 
 
