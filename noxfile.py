@@ -174,6 +174,13 @@ def lazy(session: nox.Session) -> None:
     session.run("python", "benchmarks/speed/lazy.py", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
+@nox.session
+def finetune(session: nox.Session) -> None:
+    """Fine-tuning inside ADSC and lazy attention beside the plain model's; 15 minutes of CPU time."""
+    install(session)
+    session.run("python", "benchmarks/finetune/run.py", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
 @nox.session(name="train")
 def train(session: nox.Session) -> None:
     """Trains the bundled model from its seed, on one thread."""

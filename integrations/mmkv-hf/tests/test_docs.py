@@ -7,10 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mmkv_hf import share
+from mmkv_layershare import LazyPlan
 from mmkv_testkit.families import build
 from transformers import DynamicCache
 
 PAGE = Path(__file__).parents[3] / "docs" / "transformers.md"
+README = Path(__file__).parents[1] / "README.md"
 
 
 def stock(model, *settings, **more):
@@ -34,3 +37,24 @@ def test_first_answer_token_example(kit, name):
     exec("from mmkv_hf import compress\n" + example, scope)
     assert scope["out"].shape[1] == tiny.inputs["input_ids"].shape[1] + 3
     assert any(layer.kept is not None for layer in scope["cache"].compressed_layers)
+
+
+@pytest.mark.parametrize("session", ["prune", "share"])
+def test_fine_tuning_example(session):
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    example = next(block for block in blocks if "Curriculum" in block).replace("(4, 20)", "(1, 3)")  # of four layers
+    if session == "share":
+        example = example.replace("prune(model, schedule(step))", "share(model, plan)")
+    tiny = build("llava")
+    weight = tiny.model.get_decoder().layers[2].self_attn.q_proj.weight
+    before = weight.detach().clone()
+    scope = {
+        "model": tiny.model,
+        "batches": [tiny.inputs | {"labels": tiny.inputs["input_ids"]}] * 2,
+        "optimizer": torch.optim.SGD(tiny.model.parameters(), lr=0.1),
+        "share": share,
+        "plan": LazyPlan(4, ((2, 3),)),
+    }
+    exec(example, scope)
+    assert scope["loss"].isfinite()
+    assert not torch.equal(weight, before)
