@@ -6,7 +6,7 @@ import sys
 import pytest
 from mmkv_testbed import Arrangement, Layout, Task, accuracy, exact_match, load, make_samples, model_names, model_path
 
-PAGES = 32
+PAGES = 16
 ENOUGH = 0.95
 
 
@@ -24,9 +24,12 @@ def test_every_task_was_measured(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", model_names())
 def test_what_was_measured_holds(name):
-    """Cells that compare methods, asked again on other pages; four standard errors below the record is a failure."""
+    """Every fifth cell, so that all tasks, arrangements and suffixes have their turn, asked again on other pages.
+
+    Of those that compare methods, four standard errors below what that takes is a failure.
+    """
     loaded = load(name)
-    for cell in cells(name):
+    for cell in cells(name)[::5]:
         if cell["exact_match"] >= ENOUGH:
             layout = Layout(arrangement=cell["arrangement"])
             samples = make_samples(PAGES, 77, cell["task"], cell["suffix"], layout)
