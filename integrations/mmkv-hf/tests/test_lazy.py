@@ -609,3 +609,10 @@ def test_packing_and_spreading_are_inverse_on_text():
     for row in range(3):
         count = int(is_text[row].sum())
         assert torch.equal(packed[row, :, packed.shape[2] - count :], keys[row][:, is_text[row]])
+
+
+def test_layers_that_run_anew_in_the_backward_pass_are_refused():
+    tiny = build("llava")
+    tiny.model.train().gradient_checkpointing_enable()
+    with share(tiny.model, plan_of(tiny.model, "global")), pytest.raises(RuntimeError, match="gradient checkpointing"):
+        tiny.model(**tiny.inputs, use_cache=False)

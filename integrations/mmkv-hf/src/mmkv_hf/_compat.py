@@ -73,6 +73,12 @@ def modalities(config: Any, input_ids: Tensor | None, token_types: Tensor | None
     return found
 
 
+def recomputes(model: PreTrainedModel) -> bool:
+    """Whether layers run anew in the backward pass; 5.23 gave the setting a new name, and warns of the old one."""
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+    return bool(getattr(model, next(name for name in names if hasattr(type(model), name))))
+
+
 @contextmanager
 def attention_set(model: PreTrainedModel, name: str) -> Iterator[None]:
     """The attention implementation of the language model, for as long as the context is open."""

@@ -16,7 +16,7 @@ from mmkv_layershare import LazyPlan
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ._compat import attributes_set, modalities
+from ._compat import attributes_set, modalities, recomputes
 from .kinds import layer_kinds
 from .lazy_cache import BlockLayer, Layout, LazyCache, arrives_at_once
 from .opened import Opened
@@ -185,7 +185,7 @@ class Borrowing:
         stack.callback(self._lending.begin, None)
 
     def _begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if model.training and getattr(model, "is_gradient_checkpointing", False):
+        if model.training and recomputes(model):
             raise RuntimeError("gradient checkpointing runs layers anew, out of the order lazy layers borrow in")
         cache, mask, visual = kwargs.get("past_key_values"), kwargs.get("attention_mask"), self.plan.mode == "visual"
         new = self._new(model, args[0] if args else kwargs.get("input_ids"), kwargs)
