@@ -145,7 +145,7 @@ def test_a_killed_run_goes_on_and_loses_no_finished_cell(tmp_path, checkpoint):
     subprocess.run(command(tmp_path), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
     assert file.read_text().startswith(finished)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    plan = make_plan([SMALL], {SMALL: checkpoint.table}, quick=True)
+    plan = make_plan([SMALL], {SMALL: checkpoint.table}, {SMALL: checkpoint.plan}, quick=True)
     cells = [c for c in plan.cells if c.setting == SETTING]
     assert finished.count("\n") < len(cells)
     assert sorted(line["cell"] for line in lines) == sorted(cell.key for cell in cells)
