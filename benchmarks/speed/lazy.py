@@ -120,7 +120,7 @@ def bundled(quick: bool) -> Subject:
     """The bundled model's architecture, untrained, on several pages of 576 vision tokens."""
     images = 1 if quick else 4
     torch.manual_seed(0)
-    model = build_model().eval()
+    model = build_model("small").eval()
     per_image, size = model.config.image_seq_length, model.config.vision_config.image_size
     vision = images * per_image
     ids = prompt(model.config.image_token_id, vision, 64, model.config.text_config.vocab_size)
