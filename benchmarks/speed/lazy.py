@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import transformers
+from compare import Summary
 from mmkv_hf import share
 from mmkv_layershare import Geometry, LazyPlan, lazy_cost
 from mmkv_testbed.model import build_model
@@ -98,22 +99,6 @@ GLOBAL_SKIPS = Arm("GLA, skip_projections", "global", skips=True)
 VISUAL_SKIPS = Arm("VLA, skip_projections", "visual", skips=True)
 PREFILL = (PLAIN, GLOBAL, GLOBAL_SKIPS, VISUAL, VISUAL_SKIPS)
 DECODE = (PLAIN, STATIC, GLOBAL_SKIPS, VISUAL_SKIPS)
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """A median and the range of what was measured."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: list[float]) -> Summary:
-        return cls(statistics.median(values), min(values), max(values))
-
-    def text(self, digits: int) -> str:
-        return f"{self.median:.{digits}f} ({self.low:.{digits}f}..{self.high:.{digits}f})"
 
 
 def bundled(quick: bool) -> Subject:
@@ -277,12 +262,19 @@ def decode_rows(found: Found) -> Iterator[list[str]]:
         speed = found.decode[arm.name, size]
         bytes_ = size * found.row_bytes[PLAIN.name if arm is STATIC else arm.name] / 2**20
         label = f"{arm.name}{' (same memory)' if size == larger and bytes_ <= budget else ''}"
-        yield [label, str(size), f"{bytes_:.0f}", Summary.of(speed).text(2), ratio(speed, plain), ratio(speed, static_)]
+        yield [
+            label,
+            str(size),
+            f"{bytes_:.0f}",
+            Summary.of(speed).text(digits=2),
+            ratio(speed, plain),
+            ratio(speed, static_),
+        ]
 
 
 def prefill_rows(found: Found) -> Iterator[list[str]]:
     for name, seconds in found.prefill.items():
-        yield [name, Summary.of(seconds).text(2), ratio(seconds, found.prefill[PLAIN.name], 3)]
+        yield [name, Summary.of(seconds).text(digits=2), ratio(seconds, found.prefill[PLAIN.name], 3)]
 
 
 def memory_rows(found: Found) -> Iterator[list[str]]:
