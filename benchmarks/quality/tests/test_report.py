@@ -12,7 +12,7 @@ import pytest
 from mmkv_layershare import LazyPlan
 from mmkv_pipelines import Pipeline
 from mmkv_quality import compared, guide, pages, plots, report, trust
-from mmkv_quality.benchmark import Benchmark, of_json, to_json
+from mmkv_quality.benchmark import Benchmark, joined, of_json, to_json
 from mmkv_quality.cells import Cell, Method, Setting
 from mmkv_quality.grid import make_plan, only
 from mmkv_quality.outcomes import Outcomes
@@ -27,6 +27,7 @@ MADE = {
     "block": 60,
     "versions": {"torch": "2.13.0"},
     "weights": {"one": "a" * 64},
+    "tables": {},
     "code": "b" * 64,
 }
 WEAK = Setting("one", task="list")
@@ -61,7 +62,7 @@ def bench(tmp_path_factory):
     LazyPlan(6, ((2, 4),)).save(path)
     rng, plan = np.random.default_rng(0), make_plan(["one", "two"], {}, {"one": path})
     took = {"command": "run", "seconds": 3600.0, "workers": 2}
-    return Benchmark(plan, {cell.key: result(cell, rng) for cell in plan.cells}, MADE, took)
+    return Benchmark.of_run(plan, {cell.key: result(cell, rng) for cell in plan.cells}, MADE, took)
 
 
 @pytest.fixture(scope="module")
@@ -253,16 +254,64 @@ def test_an_unfinished_run_has_pages_too(bench):
 def test_quick_results_have_pages_too(tmp_path):
     rng, plan = np.random.default_rng(1), only(make_plan(["one"], {}, quick=True), [], ["snapkv", "bacon", "random"])
     took = {"command": "run --quick", "seconds": 60.0, "workers": 2}
-    quick = Benchmark(plan, {cell.key: result(cell, rng) for cell in plan.cells}, MADE, took)
+    quick = Benchmark.of_run(plan, {cell.key: result(cell, rng) for cell in plan.cells}, MADE, took)
     source = tmp_path / "source.json"
     source.write_text(json.dumps(to_json(quick)))
-    report.write(source, tmp_path / "pages")
+    report.write([source], tmp_path / "pages")
     assert {path.name for path in (tmp_path / "pages").iterdir()} == {
         *report.PAGES,
         "quality-one-budget.png",
         "quality-one-bytes.png",
     }
     assert "](quality-one-budget.png)" in (tmp_path / "pages" / "quality.md").read_text()
+
+
+def test_two_runs_are_joined(bench, page, tmp_path):
+    """Half of the methods from each run, some from both: the page of one run, but for where its numbers come from."""
+    names = [method.name for method in bench.methods()]
+    more = [cell.method.name for cell in bench.plan.cells if cell.method and cell.method.name not in names]
+    halves = []
+    for its in ([*names[::2], *more], [*names[1::2], *names[:3]]):
+        plan = only(bench.plan, [], its)
+        halves.append(Benchmark.of_run(plan, {c.key: bench.results[c.key] for c in plan.cells}, MADE, {"command": "y"}))
+    assert halves[0].results.keys() & halves[1].results.keys()
+    for number, half in enumerate(halves):
+        (tmp_path / f"{number}.json").write_text(json.dumps(to_json(half)))
+    report.write([tmp_path / "0.json", tmp_path / "1.json"], tmp_path)
+    text = (tmp_path / "quality.md").read_text()
+    assert [len(half.results) for half in halves] == [
+        int(x) for x in re.findall(r"^\* `y`: .*; (\d+) cells took", text, re.M)
+    ]
+
+    def rows(page):
+        return sorted(line for line in page.splitlines() if line.startswith("| `"))
+
+    assert rows(text) == rows(page)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"seed": 2}, "seed: 1 then, 2 now"),
+        ({"versions": {"torch": "2.14.0"}}, "versions of torch: 2.13.0 then, 2.14.0 now"),
+        ({"weights": {"one": "c" * 64}}, "weights of one"),
+    ],
+)
+def test_runs_that_differ_are_not_joined(bench, changed, words):
+    other = Benchmark.of_run(bench.plan, bench.results, MADE | changed, {})
+    with pytest.raises(ValueError, match=words):
+        joined(bench, other)
+    newer = Benchmark.of_run(bench.plan, bench.results, MADE | {"code": "d" * 64}, {})
+    assert joined(bench, newer).results == bench.results
+
+
+def test_runs_that_disagree_are_not_joined(bench):
+    key, other = "one/value/vertical/suffix8/normal/after|snapkv|32|w8", dict(bench.results)
+    right = other[key].honest.right.copy()
+    right[7, 2] ^= True
+    other[key] = dataclasses.replace(other[key], honest=Outcomes(right), seconds=7.0)
+    with pytest.raises(ValueError, match=re.escape(f"disagree about {key}")):
+        joined(bench, dataclasses.replace(bench, results=other))
 
 
 def test_prose_has_no_figures_of_results():

@@ -1,10 +1,10 @@
-"""One run of the benchmark as the pages see it: the plan, the outcomes, and how they were made."""
+"""The benchmark as the pages see it: the plan, the outcomes, and how they were made."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,10 +12,27 @@ from .cells import Cell, Method, Setting
 from .grid import Group, Plan, plan_json, plan_of_json
 from .results import Result
 from .statistics import Estimate, estimate, paired
-from .store import FORMAT
+from .store import FORMAT, changes
 
 COMPARES: Final = 0.95
 """Exact match of the full cache from which a setting compares methods."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One run that results come from.
+
+    Attributes:
+        made: What the numbers were made with: seed, samples, versions, digests.
+        took: The command, wall seconds, processes.
+        cells: How many were measured.
+        hours: Of the CPU, beside the prefills.
+    """
+
+    made: Mapping[str, Any]
+    took: Mapping[str, Any]
+    cells: int
+    hours: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +42,25 @@ class Benchmark:
     Attributes:
         plan: What was to be measured.
         results: Cell key -> result; cells that are not finished are missing.
-        made: What the numbers were made with: seed, samples, versions, digests.
-        took: The command, wall seconds, processes.
+        parts: The runs they come from, at least one.
     """
 
     plan: Plan
     results: Mapping[str, Result]
-    made: Mapping[str, Any]
-    took: Mapping[str, Any]
+    parts: tuple[Part, ...]
+
+    @classmethod
+    def of_run(
+        cls, plan: Plan, results: Mapping[str, Result], made: Mapping[str, Any], took: Mapping[str, Any]
+    ) -> Benchmark:
+        """The results of a single run."""
+        hours = round(sum(result.seconds for result in results.values()) / 3600, 3)
+        return cls(plan, results, (Part(made, took, len(results), hours),))
+
+    @property
+    def samples(self) -> int:
+        """Per cell."""
+        return int(self.parts[0].made["samples"])
 
     def get(self, cell: Cell) -> Result | None:
         """The cell's result, if it is there."""
@@ -100,13 +128,32 @@ def base_of(cell: Cell) -> Cell | None:
     return Cell(cell.setting, base, cell.budget, cell.window)
 
 
+def joined(one: Benchmark, other: Benchmark) -> Benchmark:
+    """The cells of two runs over the same samples, as of code that has grown in between or of two machines.
+
+    Raises:
+        ValueError: They had other samples, versions or weights, or disagree about a cell that both have measured; the
+            message names what.
+    """
+    changed = [x for p in one.parts for q in other.parts for x in changes(p.made, q.made, same=("seed", "samples"))]
+    if changed:
+        raise ValueError(f"runs that differ cannot be joined: {'; '.join(changed)}")
+    for key in one.results.keys() & other.results.keys():
+        if not one.results[key].agrees(other.results[key]):
+            raise ValueError(f"the runs disagree about {key}: code that both of them depend on has changed")
+    names = dict.fromkeys(group.name for bench in (one, other) for group in bench.plan.groups)
+    both = ([group for bench in (one, other) if (group := bench.group(name))] for name in names)
+    groups = tuple(replace(its[0], cells=tuple(dict.fromkeys(c for g in its for c in g.cells))) for its in both)
+    left_out = tuple(dict.fromkeys(one.plan.left_out + other.plan.left_out))
+    return Benchmark(Plan(groups, left_out), {**other.results, **one.results}, one.parts + other.parts)
+
+
 def to_json(bench: Benchmark) -> dict[str, Any]:
     """Plain types; outcomes of every sample included, so that a reader can compute every number again."""
     results = {key: result.to_json() for key, result in bench.results.items()}
     return {
         "format": FORMAT,
-        "made": dict(bench.made),
-        "took": dict(bench.took),
+        "parts": [asdict(part) for part in bench.parts],
         "plan": plan_json(bench.plan),
         "results": results,
     }
@@ -121,7 +168,7 @@ def of_json(data: Mapping[str, Any]) -> Benchmark:
     if data.get("format") != FORMAT:
         raise ValueError(f"not results of this benchmark: format {data.get('format')!r} instead of {FORMAT!r}")
     results = {key: Result.of_json(result) for key, result in data["results"].items()}
-    return Benchmark(plan_of_json(data["plan"]), results, data["made"], data["took"])
+    return Benchmark(plan_of_json(data["plan"]), results, tuple(Part(**part) for part in data["parts"]))
 
 
 def read(path: Path) -> Benchmark:

@@ -83,21 +83,23 @@ def run(
             _print_estimate(plan, job)
         else:
             _measure(job, plan)
-            _write(out, pages or out)
+            _write([out], pages or out)
 
 
 @app.command(name="report")
 def report_command(
-    source: Annotated[Path, typer.Argument(help="the work folder of a run, finished or not, or its quality.json")],
-    pages: Annotated[Path | None, typer.Option(help="folder for the pages, by default beside the results")] = None,
+    sources: Annotated[
+        list[Path], typer.Argument(help="work folders of runs over the same samples, finished or not, or quality.json")
+    ],
+    pages: Annotated[Path | None, typer.Option(help="folder for the pages, by default beside the first")] = None,
 ) -> None:
-    """Writes the pages again."""
+    """Writes the pages again, of several runs together if several are given."""
     with _plain_errors():
-        _write(source, pages or (source.parent if source.is_file() else source))
+        _write(sources, pages or (sources[0].parent if sources[0].is_file() else sources[0]))
 
 
-def _write(source: Path, pages: Path) -> None:
-    report.write(source, pages)
+def _write(sources: list[Path], pages: Path) -> None:
+    report.write(sources, pages)
     console.print(f"wrote {', '.join(report.PAGES)} and pictures to {pages}")
 
 

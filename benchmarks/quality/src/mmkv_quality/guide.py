@@ -29,12 +29,11 @@ class Situation:
 
 def render(bench: Benchmark) -> str:
     """quality-guide.md."""
-    samples = bench.made["samples"]
     intro = (
-        f"From `quality.json`: exact match over {samples} samples per setting, all answer tokens from the compressed "
-        "cache, ± one standard error over samples, means over the settings named. *No worse* is less than two paired "
-        "standard errors below the best. It is about small models on generated pages: `quality.md` says what "
-        "that cannot show."
+        f"From `quality.json`: exact match over {bench.samples} samples per setting, all answer tokens from the "
+        "compressed cache, ± one standard error over samples, means over the settings named. *No worse* is less than "
+        "two paired standard errors below the best. It is about small models on generated pages: `quality.md` says "
+        "what that cannot show."
     )
     blocks = (section(situation.title, list(_advice(bench, situation))) for situation in _situations(bench))
     lines = [

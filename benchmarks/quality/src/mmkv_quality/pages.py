@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from statistics import mean
 
 from . import compared, guide, rule, trust
-from .benchmark import COMPARES, Benchmark, base_of, difference, exact
+from .benchmark import COMPARES, Benchmark, Part, base_of, difference, exact
 from .cells import Cell, Method, Setting
 from .grid import Group
 from .markdown import change, code, folded, level, percent, section, table
@@ -31,14 +31,14 @@ LIMITS = """\
 * Answers are copied, not reasoned: nothing here needs the whole page at once."""
 
 
-def render(bench: Benchmark) -> str:
-    """quality.md."""
+def render(bench: Benchmark, pictures: Sequence[str] = ()) -> str:
+    """quality.md, with pictures of these names."""
     lines = [
-        *section("What compression costs in answers", [PROTOCOL], [_made(bench)], _unfinished(bench), level=1),
+        *section("What compression costs in answers", [PROTOCOL], _made(bench), _unfinished(bench), level=1),
         *section("In short: exact match, mean over all models and arrangements", guide.summary(bench)),
         *section("Settings: one rule", str(rule.__doc__).splitlines()[2:]),
         *section("The full cache", _full(bench)),
-        *section("Pictures", _pictures(bench)),
+        *section("Pictures", [f"![{name}]({name})" for name in pictures]),
         *section("Every method", *(_main(bench, setting) for setting in bench.settings("main"))),
         *compared.render(bench),
         *section("AdaKV against uniform budgets", *_adakv(bench)),
@@ -55,17 +55,25 @@ def render(bench: Benchmark) -> str:
 FACTORS = ("task", "arrangement", "suffix", "ink", "when", "window")
 
 
-def _made(bench: Benchmark) -> str:
-    made, took = bench.made, bench.took
+def _made(bench: Benchmark) -> list[str]:
+    made = bench.parts[0].made
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
-    weights = ", ".join(f"{name} `{digest[:12]}`" for name, digest in made["weights"].items())
-    seconds = sum(result.seconds for result in bench.results.values())
+    digests = {name: digest for part in bench.parts for name, digest in part.made["weights"].items()}
+    weights = ", ".join(f"{name} `{digest[:12]}`" for name, digest in digests.items())
+    return [
+        f"{made['samples']} samples per cell, seed {made['seed']}, batches of {made['block']}, float32; {versions}; "
+        f"weights {weights}. `quality.json` has the outcome of every word of every sample.",
+        "",
+        *map(_part, bench.parts),
+    ]
+
+
+def _part(part: Part) -> str:
+    took = part.took
     return (
-        f"`{took.get('command', '?')}`: {took.get('seconds', 0) / 3600:.2f} hours with {took.get('workers', '?')} "
-        f"processes of one thread; {made['samples']} samples per cell, seed {made['seed']}, batches of "
-        f"{made['block']}, float32; {versions}; weights {weights}; code `{made['code'][:12]}`. "
-        f"{len(bench.results)} cells took {seconds / 3600:.2f} CPU hours beside the prefills; `quality.json` has the "
-        "outcome of every word of every sample."
+        f"* `{took.get('command', '?')}`: {took.get('seconds', 0) / 3600:.2f} hours with {took.get('workers', '?')} "
+        f"processes of one thread, code `{part.made['code'][:12]}`; {part.cells} cells took {part.hours:.2f} CPU hours "
+        "beside the prefills."
     )
 
 
@@ -83,10 +91,6 @@ def _full(bench: Benchmark) -> list[str]:
             [code(setting.key), level(estimate(full.honest.exact)), level(estimate(full.honest.tokens)), verdict]
         )
     return table(["setting", "exact match", "token accuracy", "compares methods"], rows)
-
-
-def _pictures(bench: Benchmark) -> list[str]:
-    return [f"![{name}]({name})" for name in bench.took.get("pictures", ())]
 
 
 def _main(bench: Benchmark, setting: Setting) -> list[str]:

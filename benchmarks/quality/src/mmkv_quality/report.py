@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Final
 
 from . import guide, pages, plots
-from .benchmark import Benchmark, read, to_json
+from .benchmark import Benchmark, joined, read, to_json
 from .grid import plan_of_json
 from .results import collect
 from .runner import able
@@ -17,20 +18,21 @@ from .store import WorkFolder, write_atomically
 PAGES: Final = ("quality.json", "quality.md", "quality-guide.md")
 
 
-def write(source: Path, folder: Path) -> None:
+def write(sources: Sequence[Path], folder: Path) -> None:
     """Writes the pages.
 
     Args:
-        source: The work folder of a run, finished or not, or the quality.json of one.
+        sources: Work folders of runs, finished or not, or the quality.json of them; at least one.
         folder: Where to; made when it is not there.
 
     Raises:
-        OSError: The source holds no results, or the folder cannot be written to.
+        OSError: A source holds no results, or the folder cannot be written to.
+        ValueError: The sources cannot be joined.
     """
-    bench = read(source) if source.is_file() else of_work(source)
+    bench = reduce(joined, (read(source) if source.is_file() else of_work(source) for source in sources))
     folder.mkdir(parents=True, exist_ok=True)
-    bench = replace(bench, took={**bench.took, "pictures": plots.draw(bench, folder)})
-    texts = (json.dumps(to_json(bench)) + "\n", pages.render(bench), guide.render(bench))
+    page = pages.render(bench, plots.draw(bench, folder))
+    texts = (json.dumps(to_json(bench)) + "\n", page, guide.render(bench))
     for name, text in zip(PAGES, texts, strict=True):
         write_atomically(folder / name, text)
 
@@ -46,4 +48,4 @@ def of_work(path: Path) -> Benchmark:
     folder = WorkFolder(path)
     made, plan = folder.noted("made.json"), able(folder, plan_of_json(folder.noted("plan.json")))
     blocks = range(-(-made["samples"] // made["block"]))
-    return Benchmark(plan, collect(folder, plan.cells, blocks), made, folder.noted("took.json") or {})
+    return Benchmark.of_run(plan, collect(folder, plan.cells, blocks), made, folder.noted("took.json") or {})

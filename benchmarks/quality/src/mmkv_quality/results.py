@@ -42,6 +42,11 @@ class Result:
         held, full, seconds = (sum(getattr(block, name) for block in blocks) for name in ("held", "full", "seconds"))
         return cls(honest, np.concatenate(usual) if usual else None, held / count, full / count, seconds)
 
+    def agrees(self, other: Result) -> bool:
+        """Whether both have the same answers and held the same bytes."""
+        mine, its = self.to_json(), other.to_json()
+        return all(mine[name] == its[name] for name in ("honest", "usual", "held", "full"))
+
     def to_json(self) -> dict[str, Any]:
         """Plain types."""
         usual = None if self.usual is None else packed(self.usual > 0)

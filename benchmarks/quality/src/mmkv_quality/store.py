@@ -111,7 +111,7 @@ class WorkFolder:
         now: dict[str, Any] = asdict(made)
         if file.is_file():
             then = json.loads(file.read_text())
-            changed = list(_changes(then, now))
+            changed = list(changes(then, now))
             if changed:
                 raise ValueError(
                     f"{self.path} holds results of another run ({'; '.join(changed)}): finish it with what it was "
@@ -161,8 +161,13 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterable[str]:
-    for name in ("format", "seed", "samples", "block", "code"):
+def changes(
+    then: Mapping[str, Any],
+    now: Mapping[str, Any],
+    same: Iterable[str] = ("format", "seed", "samples", "block", "code"),
+) -> Iterator[str]:
+    """How two runs differ: in what has to be the same, and in versions, weights and tables that both have."""
+    for name in same:
         if then.get(name) != now[name]:
             yield f"{name}: {_short(then.get(name))} then, {_short(now[name])} now"
     for name in ("versions", "weights", "tables"):
