@@ -120,6 +120,10 @@ def test_only_some(plan):
     some = only(plan, ["locate"], ["adakv+bacon"])
     assert {c.setting.task for c in some.cells} == {"locate"}
     assert {c.method for c in some.cells} == {None, Method(share="adakv", wraps=("bacon",))}
+    assert [g.name for g in only(plan, [], ["bacon"], ["stages", "ink"]).groups] == ["ink", "stages"]
+    assert only(plan, [], [], ["ink"]).cells == group(plan, "ink").cells
+    with pytest.raises(ValueError, match="no group 'inc' in this plan; did you mean 'ink'"):
+        only(plan, [], [], ["inc"])
     with pytest.raises(ValueError, match="no task 'locat' in this plan; did you mean 'locate'"):
         only(plan, ["locat"], [])
     with pytest.raises(ValueError, match=r"no pipeline 'adakv\+bakon' in this plan; did you mean 'adakv\+bacon'"):

@@ -65,6 +65,7 @@ def run(
     quick: Annotated[bool, typer.Option("--quick", help="every method, one budget, 100 samples")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="time a few samples, print the cost, stop")] = False,
     head_scores: Annotated[list[str] | None, typer.Option(help="MODEL=PATH: visual-head scores for SparseMM")] = None,
+    groups: Annotated[list[str] | None, typer.Option(help="measure these groups of cells only")] = None,
     tasks: Annotated[list[str] | None, typer.Option(help="measure these tasks only")] = None,
     pipelines: Annotated[list[str] | None, typer.Option(help="measure these pipelines only")] = None,
     samples: Annotated[
@@ -76,7 +77,8 @@ def run(
     with _plain_errors():
         folders = {Path(name).name: worlds.find(name) for name in models or _default_models(quick)}
         tables = _tables(head_scores or [], folders)
-        plan = only(make_plan(folders, tables, worlds.plans(folders), quick=quick), tasks or (), pipelines or ())
+        whole = make_plan(folders, tables, worlds.plans(folders), quick=quick)
+        plan = only(whole, tasks or (), pipelines or (), groups or ())
         count = samples or (QUICK_SAMPLES if quick else SAMPLES)
         job = runner.Run(out, folders, tables, SEED, count, BLOCK, workers)
         if dry_run:

@@ -150,22 +150,23 @@ def without(plan: Plan, settings: Mapping[Setting, str]) -> Plan:
     return Plan(tuple(group for group in groups if group.cells), plan.left_out + more)
 
 
-def only(plan: Plan, tasks: Collection[str], methods: Collection[str]) -> Plan:
-    """The part of a plan about these tasks and these methods; empty means all.
+def only(plan: Plan, tasks: Collection[str], methods: Collection[str], groups: Collection[str] = ()) -> Plan:
+    """The part of a plan in these groups, about these tasks and these methods; empty means all.
 
     Raises:
-        ValueError: The plan has no such task or method; the message names the nearest.
+        ValueError: The plan has no such group, task or method; the message names the nearest.
     """
-    there = {cell.setting.task: None for cell in plan.cells}
-    _check_known("task", tasks, there)
+    _check_known("group", groups, [group.name for group in plan.groups])
+    _check_known("task", tasks, {cell.setting.task: None for cell in plan.cells})
     _check_known("pipeline", methods, {cell.method.name: None for cell in plan.cells if cell.method})
 
     def stays(cell: Cell) -> bool:
         is_named = cell.method is None or not methods or cell.method.name in methods
         return is_named and (not tasks or cell.setting.task in tasks)
 
-    groups = (replace(group, cells=tuple(filter(stays, group.cells))) for group in plan.groups)
-    return Plan(tuple(group for group in groups if group.cells), plan.left_out)
+    named = (group for group in plan.groups if not groups or group.name in groups)
+    cut = (replace(group, cells=tuple(filter(stays, group.cells))) for group in named)
+    return Plan(tuple(group for group in cut if group.cells), plan.left_out)
 
 
 def _check_known(what: str, given: Iterable[str], known: Collection[str]) -> None:
