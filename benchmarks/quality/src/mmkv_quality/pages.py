@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import product
 from statistics import mean
 
 from . import compared, guide, rule, trust
@@ -43,7 +46,7 @@ def render(bench: Benchmark, pictures: Sequence[str] = ()) -> str:
         *compared.render(bench),
         *section("AdaKV against uniform budgets", *_adakv(bench)),
         *section("The first token", *_first_token(bench)),
-        *section("Vision tokens dropped, attention shared", *_stages(bench)),
+        *section("Vision tokens left out, attention shared", *_stages(bench)),
         *(line for group in bench.plan.groups if group.name in FACTORS for line in _factor(bench, group)),
         *trust.render(bench),
         *section("What small models cannot show", LIMITS.splitlines()),
@@ -181,21 +184,27 @@ def _short(bench: Benchmark, cell: Cell | None) -> str:
 def _adakv(bench: Benchmark) -> list[list[str]]:
     """AdaKV minus the uniform budget, everything else equal."""
     budgets = bench.budgets()
-    pairs = [(m, Method(m.score, "uniform", m.wraps)) for m in bench.methods() if m.share == "adakv"]
-    rows, signs = [], []
-    for setting in bench.settings("main"):
-        for method, uniform in pairs:
-            found = [difference(bench, Cell(setting, method, b), Cell(setting, uniform, b)) for b in budgets]
-            if any(found):
-                rows.append([code(setting.key), code(method.name), *map(change, found)])
-                signs += [x.sign for x in found if x is not None]
-    if not rows:
+    adaptive = [method for method in bench.methods() if method.share == "adakv"]
+    found = {
+        (setting, m): [
+            difference(bench, Cell(setting, m, b), Cell(setting, replace(m, share="uniform"), b)) for b in budgets
+        ]
+        for setting, m in product(bench.settings("main"), adaptive)
+    }
+    differ = {m for (_, m), its in found.items() if any(x is not None and (x.mean or x.error) for x in its)}
+    shown = {key: its for key, its in found.items() if key[1] in differ and any(its)}
+    if not shown:
         return []
-    sentence = (
-        f"Of {len(signs)} comparisons of exact match AdaKV is clearly better in {signs.count('+')}, clearly worse in "
-        f"{signs.count('-')}, neither in {signs.count('=')}."
-    )
-    return [[sentence], table(["setting", "pipeline", *map(str, budgets)], rows, left=2), *_floors(bench)]
+    signs = Counter(x.sign for its in shown.values() for x in its if x is not None)
+    words = [
+        f"Of {signs.total()} comparisons of exact match AdaKV is clearly better in {signs['+']}, clearly worse in "
+        f"{signs['-']}, neither in {signs['=']}."
+    ]
+    same = dict.fromkeys(code(m.name) for (_, m), its in found.items() if any(its) and m not in differ)
+    if same:
+        words.append(f"Left out, as exact match never differs: {', '.join(same)}.")
+    rows = ([code(setting.key), code(m.name), *map(change, its)] for (setting, m), its in shown.items())
+    return [words, table(["setting", "pipeline", *map(str, budgets)], rows, left=2), *_floors(bench)]
 
 
 def _floors(bench: Benchmark) -> list[list[str]]:
