@@ -92,9 +92,9 @@ class CompressedCache(VisionCache):
         for layer in self.compressed_layers:
             layer.expect()
         self._text.modality, self._text.protect = modality, protect
-        given = shortened_of(self)
-        if given is not None:
-            self.shorten(given)
+        before = shortened_of(self)
+        if before is not None:
+            self.shorten(before)
 
     def shorten(self, given: Shortened) -> None:
         """Of the prompt announced, the language model reads what it is given of the first one, and what follows that.
@@ -102,9 +102,9 @@ class CompressedCache(VisionCache):
         Raises:
             ValueError: `modality` or `protect` have a number of rows that does not fit.
         """
-        self.request.prompt_end -= given.missing
         group = self._text
         group.modality, group.protect = (None if x is None else given.of(x) for x in (group.modality, group.protect))
+        self.request.prompt_end -= given.missing
 
     @property
     def pipeline(self) -> Pipeline:
@@ -131,6 +131,8 @@ class CompressedCache(VisionCache):
         for layer in self.compressed_layers:
             held += layer.group.round.trace.tensors() if layer.group.round is not None else []
         held += [t for t in (self._text.modality, self._text.protect, self.request.padding) if t is not None]
+        given = shortened_of(self)
+        held += [] if given is None else [given.columns, given.real, given.moved]
         return held + [t for layer in self._stock_layers() for t in _stock(layer)]
 
     @property

@@ -198,6 +198,11 @@ class Session(Opened):
     def _continued(self, cache: Any, prompt: dict[str, Any]) -> CompressedCache:
         if not isinstance(cache, CompressedCache):
             raise ValueError(f"a compress session continues a CompressedCache, not a {type(cache).__name__}")
+        if self._reducing is None and shortened_of(cache) is not None:
+            raise ValueError(
+                "the images of this conversation were reduced, so its columns are counted anew in every turn; go on "
+                "inside a session whose pipeline names a method that reduces, such as 'visionzip | adakv'"
+            )
         tokens = prompt["input_ids"] if prompt["inputs_embeds"] is None else prompt["inputs_embeds"]
         if tokens is None:
             raise ValueError("the prompt is empty; pass the whole conversation as input_ids or inputs_embeds")

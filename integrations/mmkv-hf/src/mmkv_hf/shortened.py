@@ -43,7 +43,8 @@ class Shortened(NamedTuple):
             )
         valid = torch.ones_like(free) if mask is None else mask.bool()
         columns, real = kept_columns(valid & ~free)
-        return cls(columns, real, free.shape[1], (valid & free).sum(-1))
+        # Cloned: what is a part of all columns in order would keep them all as long as the cache.
+        return cls(columns.clone(), real, free.shape[1], (valid & free).sum(-1))
 
     @property
     def missing(self) -> int:

@@ -23,7 +23,7 @@ class Vision:
 
 
 class VisionCache(Cache):  # type: ignore[misc]
-    """A cache that knows which of its tokens are vision tokens, where its layers need it, and its rows' own columns.
+    """A cache that knows what its rows hold: vision tokens, where its layers need it, and which columns of a prompt.
 
     Attributes:
         vision: shared with the layers.
