@@ -378,17 +378,21 @@ def test_rows_change_places(kit, text, how):
 def test_a_cache_may_be_repeated(kit):
     model, inputs = kit.padded("llava", dtype=F64)
     mask, steps = inputs["attention_mask"], kit.words(2, 5)
-    logits = []
+    logits, kept = [], []
     for times in (1, 3):
-        with compress(model, stages_of(METHODS[1], STAGES[0][0]), 25) as session, torch.no_grad():
+        with compress(model, stages_of(METHODS[1], STAGES[3][0]), 60) as session, torch.no_grad():
             cache = session.cache(**inputs)
             model(**inputs, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache)
             cache.batch_repeat_interleave(times)
             longer = widen(mask, (0, 5), value=1).repeat_interleave(times, 0)
+            kinds = widen((inputs["input_ids"] == IMAGE).to(torch.int8), (0, 5)).repeat_interleave(times, 0)
+            cache.expect(longer.shape[1], modality=kinds)
             more = {"position_ids": (longer.cumsum(1) - 1)[:, -5:], "attention_mask": longer}
             out = model(input_ids=steps.repeat_interleave(times, 0), past_key_values=cache, **more)
             logits.append(out.logits.repeat_interleave(3 // times, 0))
+            kept.append(cache.kept_masks()[0].repeat_interleave(3 // times, 0))
     assert kit.difference(*logits) < EXACT
+    assert torch.equal(*kept)
 
 
 @pytest.mark.parametrize("text", [STAGES[i][0] for i in (0, 2, 8)])

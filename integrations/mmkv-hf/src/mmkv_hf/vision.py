@@ -58,6 +58,9 @@ class VisionCache(Cache):  # type: ignore[misc]
         """Repeats every batch row."""
         if self.vision.seen is not None:
             self.vision.seen = self.vision.seen.repeat_interleave(repeats, dim=0)
+        length = length_of(self)
+        if length is not None:
+            length.shortened = length.shortened.repeated(repeats * len(length.shortened.columns))
         super().batch_repeat_interleave(repeats)
 
     def _rows(self, index: Tensor) -> None:
