@@ -148,7 +148,7 @@ def test_dropped_tokens(checkpoint, method):
     (block,) = measure(checkpoint, asked, [Cell(AFTER, method, 32 if method.score else 0)])
     inputs = batch_inputs(checkpoint.processor, asked)
     length, model = inputs["input_ids"].shape[1], checkpoint.model
-    before = Stages(PRUNERS[method.stages[0]](len(model.model.language_model.layers)))
+    before = Stages(prune=PRUNERS[method.stages[0]](len(model.model.language_model.layers)))
     stages = replace(before, evict=Pipeline.parse("snapkv(window=8)"))
     with compress(model, stages, budget=32 if method.score else 10_000) as session, torch.no_grad():
         usual = model.generate(**inputs, max_new_tokens=5, do_sample=False)[:, length:]

@@ -277,7 +277,8 @@ def by_hand(model, plan, inputs, rounds):
 
 
 def stages_of(model, mode, pipeline, method=None, blocks=BLOCKS):
-    return Stages(method, LazyPlan(len(layer_kinds(model)), blocks, mode), Pipeline.parse(pipeline))
+    plan = LazyPlan(len(layer_kinds(model)), blocks, mode)
+    return Stages(prune=method, share=plan, evict=Pipeline.parse(pipeline))
 
 
 def shared_and_compressed(kit, model, inputs, stages, tokens, budget, **settings):

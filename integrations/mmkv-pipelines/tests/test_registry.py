@@ -118,7 +118,7 @@ def test_a_setting_without_a_text_is_shown_by_repr():
 
 @pytest.mark.parametrize("kind", ["scores", "", None, "Score"])
 def test_a_bad_kind(kind):
-    kinds = "score, wrap, layers, heads, select, prune, share"
+    kinds = "score, wrap, layers, heads, select, reduce, prune, share"
     with pytest.raises(ValueError, match=rf"'oldest': kind is one of {kinds}, got {kind!r}"):
         register("oldest", kind, Oldest)
 

@@ -48,10 +48,10 @@ def build(names: tuple[str, ...], layers: int, plan: Path | None) -> Stages:
     prune = next((PRUNERS[name](layers) for name in names if name in PRUNERS), None)
     mode: Any = next((LAZY[name] for name in names if name in LAZY), None)
     if mode is None:
-        return Stages(prune)
+        return Stages(prune=prune)
     if plan is None:
         raise ValueError(f"{' | '.join(names)} needs a plan of lazy layers, and the model has none")
-    return Stages(prune, replace(LazyPlan.load(plan), mode=mode))
+    return Stages(prune=prune, share=replace(LazyPlan.load(plan), mode=mode))
 
 
 @contextmanager

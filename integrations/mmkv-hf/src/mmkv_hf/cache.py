@@ -18,6 +18,7 @@ from .follower import FollowerLayer
 from .kinds import layer_kinds
 from .layers import CompressedLayer
 from .request import Group, Request
+from .shortened import Shortened, shortened_of
 from .vision import Vision, VisionCache
 
 
@@ -63,7 +64,8 @@ class CompressedCache(VisionCache):
         """Announces the next prompt of the conversation; when it has been read the budget is enforced again.
 
         Args:
-            prompt_length: logical length at which it is complete: everything so far plus the new tokens.
+            prompt_length: logical length at which it is complete: everything so far plus the new tokens, those of
+                images that the language model was not given included.
             modality: [B, prompt_length] int8.
             protect: [B, prompt_length] bool.
 
@@ -90,6 +92,19 @@ class CompressedCache(VisionCache):
         for layer in self.compressed_layers:
             layer.expect()
         self._text.modality, self._text.protect = modality, protect
+        before = shortened_of(self)
+        if before is not None:
+            self.shorten(before)
+
+    def shorten(self, given: Shortened) -> None:
+        """Of the prompt announced, the language model reads what it is given of the first one, and what follows that.
+
+        Raises:
+            ValueError: `modality` or `protect` have a number of rows that does not fit.
+        """
+        group = self._text
+        group.modality, group.protect = (None if x is None else given.of(x) for x in (group.modality, group.protect))
+        self.request.prompt_end -= given.missing
 
     @property
     def pipeline(self) -> Pipeline:
@@ -104,7 +119,8 @@ class CompressedCache(VisionCache):
     def kept_masks(self) -> dict[int, Tensor]:
         """Model layer -> [B, H, prompt] bool: the logical columns of the prompt that are held.
 
-        For cross-attention layers the columns are image tokens, and they are missing where there was no image. A layer
+        Columns of a prompt whose images were reduced are those that the language model was given. For cross-attention
+        layers the columns are image tokens, and they are missing where there was no image. A layer
         that evicted nothing holds its padding too.
         """
         return {layer.layer_idx: layer.kept_mask() for layer in self.compressed_layers if layer.is_initialized}
@@ -115,6 +131,8 @@ class CompressedCache(VisionCache):
         for layer in self.compressed_layers:
             held += layer.group.round.trace.tensors() if layer.group.round is not None else []
         held += [t for t in (self._text.modality, self._text.protect, self.request.padding) if t is not None]
+        given = shortened_of(self)
+        held += [] if given is None else [given.columns, given.real, given.moved]
         return held + [t for layer in self._stock_layers() for t in _stock(layer)]
 
     @property

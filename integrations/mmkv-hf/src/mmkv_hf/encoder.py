@@ -7,21 +7,22 @@ without the marked columns. What it returns has a row for every column again, ze
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from mmkv_prune import Encoded, Reduced, Reducer, TowerEvidence, kept_columns
+from mmkv_prune import Encoded, Reduced, Reducer, TowerEvidence
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from ._compat import modalities
+from .cache import CompressedCache
 from .layers import CompressedLayer
 from .lazy_cache import LazyCache
 from .opened import Context
-from .prune import _Step
+from .shortened import Length, Shortened, Stage, forget, length_of
 from .tower import Heard, evidence_of, has_cls, listening, site_of
 
 _IMAGES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs", "image_hidden_states")
@@ -57,28 +58,6 @@ def reduce_images(model: PreTrainedModel, method: Reducer) -> ReduceSession:
     return ReduceSession(model, method)
 
 
-class Shortened(NamedTuple):
-    """Columns of the prompt that the language model was given.
-
-    Attributes:
-        columns: [B, K] int64.
-        real: [B, K] bool; False: a filler, in rows that were given fewer.
-        length: N, columns of the prompt.
-        moved: [B] int64, how many real tokens of each row were left out.
-    """
-
-    columns: Tensor
-    real: Tensor
-    length: int
-    moved: Tensor
-
-    def repeated(self, batch: int) -> Shortened:
-        """The same for a batch in which every row stands several times."""
-        times = batch // len(self.columns)
-        columns, real, moved = (x.repeat_interleave(times, 0) for x in (self.columns, self.real, self.moved))
-        return Shortened(columns, real, self.length, moved)
-
-
 class ReduceSession(Context):
     """What `reduce_images` returns; enter it with `with`. Puts hooks on this one instance, and takes them off again.
 
@@ -86,13 +65,20 @@ class ReduceSession(Context):
         model: the model.
         method: the method.
         last: the columns that the language model was given of the latest prompt with images.
+
+    Args:
+        model: the model.
+        method: the method.
+        stages: what works on the prompt behind this session and has to be told of what it is given; None: this session
+            stands alone, and nothing else of mmkv may be at work in the language model.
     """
 
-    def __init__(self, model: PreTrainedModel, method: Reducer) -> None:
+    def __init__(self, model: PreTrainedModel, method: Reducer, *, stages: Sequence[Stage] | None = None) -> None:
         if not isinstance(method, Reducer) or hasattr(method, "layers"):
             raise TypeError(f"{type(method).__name__} does not reduce images; methods between layers are for `prune`")
         self.model, self.method = model, method
         self.last: Shortened | None = None
+        self._stages = stages
         self._site = site_of(model)
         self._tower: Any = model.base_model.get_submodule(self._site.tower)
         self._cls = has_cls(self._tower)
@@ -100,6 +86,7 @@ class ReduceSession(Context):
         self._hidden: Any = None
         self._free: Tensor | None = None
         self._given: Shortened | None = None
+        self._has_images = False
         self._evidence = method.evidence or _UNREAD
         with listening(self._tower, self._evidence.layer):
             pass  # says now what would fail later
@@ -114,7 +101,7 @@ class ReduceSession(Context):
             self._tower.register_forward_hook(self._look_at),
             projector.register_forward_pre_hook(self._shorten),
             projector.register_forward_hook(self._mark),
-            decoder.register_forward_pre_hook(self._give, with_kwargs=True),
+            decoder.register_forward_pre_hook(self._give, with_kwargs=True, prepend=True),
             decoder.register_forward_hook(self._restore, with_kwargs=True, always_call=True),
         ]
         for hook in hooks:
@@ -127,11 +114,12 @@ class ReduceSession(Context):
     def _check_images(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Older versions of transformers read a prompt in chunks without its images, and say nothing."""
         cache = kwargs.get("past_key_values")
+        self._has_images = False
         if cache is not None and cache.get_seq_length():
             return  # what a model says, and drafts of it, may hold placeholders
         kinds = modalities(model.config, args[0] if args else kwargs.get("input_ids"), None)
-        given = any(kwargs.get(name) is not None for name in _IMAGES)
-        if not given and kinds is not None and bool((kinds > 0).any()):
+        self._has_images = kinds is not None and bool((kinds > 0).any())
+        if self._has_images and all(kwargs.get(name) is None for name in _IMAGES):
             raise ValueError("placeholders of images without the images: leave prefill_chunk_size out")
 
     def _forget(self, *ignored: Any) -> None:
@@ -160,32 +148,38 @@ class ReduceSession(Context):
         self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         cache, embeds = kwargs.get("past_key_values"), kwargs["inputs_embeds"]
-        length = _length_of(cache)
+        length = length_of(cache)
         if length is not None:
             length.inside = True
         filled = cache is not None and cache.get_seq_length() > 0
         free = None if filled and embeds.shape[1] == 1 else embeds.isneginf().all(-1)
-        if free is not None and bool(free.any()):
-            if filled:
-                raise ValueError(
-                    "images behind a filled cache cannot be reduced: leave prefill_chunk_size out, and give images in "
-                    "the first turn"
-                )
-            self._check_alone(decoder, cache)
-            self.last = self._given = _shortened(free, kwargs.get("attention_mask"))
-            return args, _first(self._given, kwargs)
-        return (args, _later(length.shortened, kwargs)) if filled and length is not None else None
+        if filled and free is not None and bool(free.any()):
+            raise ValueError(
+                "images behind a filled cache cannot be reduced: leave prefill_chunk_size out, and give images in the "
+                "first turn"
+            )
+        if filled:
+            return None if length is None else (args, length.shortened.later(kwargs))
+        forget(cache)
+        assert free is not None
+        if not (self._has_images or bool(free.any())):
+            return None
+        self._check_known(decoder, cache)
+        self.last = self._given = given = Shortened.without(free, kwargs.get("attention_mask"))
+        for stage in self._stages or ():
+            stage.shorten(given, cache)
+        return args, given.first(kwargs)
 
     def _restore(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         given, self._given = self._given, None
-        length = _length_of(kwargs.get("past_key_values"))
+        length = length_of(kwargs.get("past_key_values"))
         if length is not None:
             length.inside = False
         if given is None or output is None:  # None: the language model has failed
             return output
-        output.last_hidden_state = _restored(given, output.last_hidden_state)
+        output.last_hidden_state = given.restored(output.last_hidden_state)
         if output.past_key_values is not None:
-            vars(output.past_key_values)["get_seq_length"] = _Length(output.past_key_values, given)
+            Length(output.past_key_values, given).put()
         return output
 
     # --
@@ -219,38 +213,17 @@ class ReduceSession(Context):
             raise ValueError("vision_feature_layer and vision_feature_select_strategy are the config's, not the call's")
         return taken[:, 0]
 
-    def _check_alone(self, decoder: Any, cache: Any) -> None:
+    def _check_known(self, decoder: Any, cache: Any) -> None:
+        """Refuses what works on the prompt and would not be told."""
         ours = isinstance(cache, LazyCache) or any(isinstance(x, CompressedLayer) for x in getattr(cache, "layers", ()))
-        hooks = decoder.layers[0]._forward_pre_hooks.values()
-        if ours or any(isinstance(hook, _Step) for hook in hooks):
-            raise ValueError("reduce_images does not work together with compress, share or prune yet")
-
-
-class _Length:
-    """`get_seq_length` of a cache that holds fewer columns than its prompt had.
-
-    `generate` cuts what is new off a conversation by it, and Qwen2-VL counts positions; the language model has to know
-    what is really there.
-    """
-
-    def __init__(self, cache: Any, shortened: Shortened) -> None:
-        # Weak: a cache that points at itself would keep its memory until a gc run.
-        self._cache: weakref.ref[Any] = weakref.ref(cache)
-        self.shortened, self.inside = shortened, False
-
-    def __call__(self, layer_idx: int = 0) -> int:
-        cache = self._cache()
-        assert cache is not None
-        held: int = type(cache).get_seq_length(cache, layer_idx)
-        return held if self.inside or not held else held + self.shortened.length - self.shortened.columns.shape[1]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Length:
-        return _Length(memo[id(self._cache())], self.shortened)
-
-
-def _length_of(cache: Any) -> _Length | None:
-    found = None if cache is None else vars(cache).get("get_seq_length")
-    return found if isinstance(found, _Length) else None
+        is_told = self._stages is not None and isinstance(cache, CompressedCache)
+        owners = [getattr(hook, "__self__", None) for hook in decoder._forward_pre_hooks.values()]
+        strangers = [x for x in owners if isinstance(x, Stage) and x not in (self._stages or ())]
+        if strangers or (ours and not is_told):
+            raise ValueError(
+                "images are reduced beside a session that does not know of it; name everything in one text, as in "
+                "compress(model, 'visionzip | adsc | lazy(plan.json) | adakv', budget=64)"
+            )
 
 
 def _slots(reduced: Reduced, real: Tensor, by_place: bool) -> Tensor:
@@ -285,68 +258,3 @@ def _placed(reduced: Reduced, slots: Tensor, real: Tensor) -> tuple[Tensor, Tens
     features = features.scatter(1, slots[..., None].expand(-1, -1, width), reduced.features)
     free = real.new_ones(batch, tokens + 1).scatter(1, slots, False)
     return features[:, :-1], free[:, :-1]
-
-
-def _shortened(free: Tensor, mask: Any) -> Shortened:
-    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != free.shape):
-        raise ValueError(
-            f"reducing images needs an attention mask [B, N], not {getattr(mask, 'shape', type(mask).__name__)}; leave "
-            "cache_implementation and masks of your own out"
-        )
-    valid = torch.ones_like(free) if mask is None else mask.bool()
-    columns, real = kept_columns(valid & ~free)
-    return Shortened(columns, real, free.shape[1], (valid & free).sum(-1))
-
-
-def _first(given: Shortened, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The language model's arguments for the prompt, cut to what it is given."""
-    columns, real, length, _ = given
-    embeds, ids = kwargs["inputs_embeds"], kwargs.get("position_ids")
-    changed = {
-        "inputs_embeds": embeds.gather(1, columns[..., None].expand(-1, -1, embeds.shape[-1])).masked_fill(
-            ~real[..., None], 0.0
-        ),
-        "attention_mask": None if bool(real.all()) else real.long(),
-        "position_ids": None if ids is None else _positions(ids, given),
-    }
-    for name, value in kwargs.items():
-        if name not in changed and isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == length:
-            raise ValueError(f"this model's language model takes {name}, which cannot be cut yet")
-    return {**kwargs, **changed}
-
-
-def _positions(ids: Tensor, given: Shortened) -> Tensor:
-    """Position ids of what is given: counted anew, or with M-RoPE [3, B, N] or [4, B, N] kept."""
-    columns, real, *_ = given
-    anew = (real.cumsum(-1) - 1).clamp(min=0)
-    if ids.ndim == 2:
-        return anew
-    kept = ids.expand(-1, len(columns), -1).gather(-1, columns.expand(len(ids), -1, -1))
-    return torch.cat([anew[None], kept[1:]]) if len(ids) == 4 else kept  # the first of four numbers the columns
-
-
-def _later(given: Shortened, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments after the prompt, as for a conversation of what was given."""
-    new = kwargs["inputs_embeds"]
-    given = given.repeated(len(new))
-    changed: dict[str, Any] = {}
-    mask, ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if mask is None and not bool(given.real.all()):
-        past = kwargs["past_key_values"].get_seq_length() - given.columns.shape[1]
-        mask = new.new_ones(len(new), given.length + past + new.shape[1], dtype=torch.long)
-    if mask is not None:
-        if not isinstance(mask, Tensor) or mask.ndim != 2:
-            raise ValueError("reducing images needs an attention mask [B, N]; leave cache_implementation out")
-        changed["attention_mask"] = torch.cat([given.real.to(mask.dtype), mask[:, given.length :]], 1)
-    if ids is not None and ids.ndim == 2:
-        changed["position_ids"] = ids - given.moved[:, None]
-    elif ids is not None and len(ids) == 4:
-        changed["position_ids"] = torch.cat([ids[:1] - given.moved[:, None], ids[1:]])
-    return {**kwargs, **changed}
-
-
-def _restored(given: Shortened, hidden: Tensor) -> Tensor:
-    """The language model's output with a row for every column."""
-    columns, real, length, _ = given
-    whole = hidden.new_zeros(len(hidden), length, hidden.shape[-1])
-    return whole.scatter(1, columns[..., None].expand(hidden.shape), hidden.masked_fill(~real[..., None], 0.0))

@@ -20,6 +20,7 @@ from ._compat import attributes_set, modalities, recomputes
 from .kinds import layer_kinds
 from .lazy_cache import BlockLayer, Layout, LazyCache, arrives_at_once
 from .opened import Opened
+from .shortened import Shortened
 from .split import Columns, Prefix, columns_of
 from .survivors import Held
 from .vision import VisionCache
@@ -200,6 +201,13 @@ class Borrowing:
             trains = model.training or torch.is_grad_enabled()
             layout.extend(new, layout.hidden(mask, new.shape[1]), may_split=not trains)
         self._lending.begin(layout.prefix if visual else None, held if layout.is_split else None)
+
+    def shorten(self, given: Shortened, cache: Any) -> None:
+        """Goes on with the vision tokens among the columns that the language model is given."""
+        if self._lending.vision is not None:
+            self._lending.vision = given.of(self._lending.vision)
+            if isinstance(cache, VisionCache):
+                cache.vision.seen = self._lending.vision
 
     def _new(self, model: Any, ids: Tensor | None, inputs: dict[str, Any]) -> Tensor | None:
         """[B, n] bool, which tokens of a pass stay where they are."""

@@ -29,6 +29,7 @@ from .layers import CompressedLayer
 from .lazy_cache import LazyCache
 from .opened import Opened
 from .plot import Grid, known_grids
+from .shortened import Shortened
 from .survivors import (
     Deepstack,
     Held,
@@ -130,6 +131,14 @@ class PruneSession(Opened):
                 cache.request.uneven = True
             grids = known_grids(model.config, kinds, kwargs)
             self._reading = _Reading(self.plan, Prompt.of(kinds > 0, valid=valid, shapes=_shapes(grids)), self._rotary)
+
+    def shorten(self, given: Shortened, cache: Any) -> None:
+        """Goes on with the columns that the language model is given, of images whose grids nobody knows any more."""
+        if self._reading is not None:
+            before = self._reading.prompt
+            image = given.of(before.image + 1) - 1
+            prompt = Prompt(given.real, image, image.new_full((*image.shape, 3), -1))
+            self._reading = _Reading(self.plan, prompt, self._rotary)
 
     def _check_decoder(
         self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

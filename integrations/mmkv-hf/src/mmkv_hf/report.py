@@ -42,7 +42,7 @@ class Report:
     Attributes:
         pipeline: text form.
         budget: text form.
-        prompt: tokens of the prompt, padding included.
+        prompt: tokens of the prompt that the language model was given, padding included.
         layers: the compressed layers.
         bytes_held: all live tensors of the cache.
         bytes_full: keys and values of a stock cache after the same tokens.

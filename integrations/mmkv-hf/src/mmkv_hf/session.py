@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Self
 
+import torch
 import torch.nn.functional as F
 from mmkv_pipelines import Budget, Pipeline, Stages
 from torch import Tensor
@@ -13,12 +14,14 @@ from transformers import PreTrainedModel
 
 from ._compat import CHUNKS_LATER_TURNS, attributes_set, modalities, text_config
 from .cache import CompressedCache, checked_budget, make_layers
+from .encoder import ReduceSession
 from .lazy import Borrowing
 from .opened import Opened
 from .plot import Grid, known_grids
 from .prune import PruneSession
 from .report import Report, make_report
 from .request import Request
+from .shortened import Shortened, shortened_of
 
 _WRAPPED = ("generate", "generate_batch")
 _LOOKED_AT = ("inputs_embeds", "mm_token_type_ids", "attention_mask", "image_grid_thw", "pixel_values", "image_sizes")
@@ -47,10 +50,11 @@ def compress(
     Args:
         model: any decoder-only transformers model, text or vision-language.
         pipeline: a `Pipeline`, or `Stages` of which one evicts; or the text form of either, such as
-            "adsc(layers=[4,20],stride=3) | lazy(plan.json) | adakv+bacon".
+            "visionzip | adsc(layers=[4,20],stride=3) | lazy(plan.json) | adakv+bacon".
         budget: KV pairs kept per KV head, protected ones included: an int is tokens, a float in (0, 1] the share of the
-            prompt, or a `Budget`. Larger than the prompt: nothing is evicted.
-        protect: [B, prompt] bool, tokens that must stay.
+            prompt that the language model is given, or a `Budget`. Larger than that: nothing is evicted.
+        protect: [B, prompt] bool, tokens that must stay. A column of an image that is reduced stands for what takes its
+            place.
 
     Raises:
         ValueError: before anything runs, for a pipeline, budget or model that cannot work. What depends on the prompt
@@ -89,11 +93,13 @@ class Session(Opened):
         self._valid: Tensor | None = None  # [B, N] bool of the latest prompt
         self._grids: list[list[Grid]] | None = None  # of its images
         self._stock_generate: Callable[..., Any]
-        plan, method = self.stages.share, self.stages.prune
+        plan, method, reducer = self.stages.share, self.stages.prune, self.stages.reduce
         # What would fail later is said now.
         make_layers(text_config(model), Request(self.pipeline, self.budget), plan=plan)
         self._borrowing = None if plan is None else Borrowing(model, plan)
         self._pruning = None if method is None else PruneSession(model, method)
+        told = [self, *(stage for stage in (self._borrowing, self._pruning) if stage is not None)]
+        self._reducing = None if reducer is None else ReduceSession(model, reducer, stages=told)
         if not model.can_generate():
             raise ValueError(f"{type(model).__name__} cannot generate; give the model with its language model head")
 
@@ -112,6 +118,8 @@ class Session(Opened):
             self._borrowing.open(stack)
         if self._pruning is not None:
             stack.enter_context(self._pruning)
+        if self._reducing is not None:  # the last: its hook on what the decoder puts out has to run after the others
+            stack.enter_context(self._reducing)
 
     def cache(
         self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **inputs: Any
@@ -151,7 +159,20 @@ class Session(Opened):
         """
         if self.last is None or self.last.get_seq_length() == 0:
             raise RuntimeError("nothing to report yet: generate something inside the session first")
-        return make_report(self.last, str(self.stages), self._modality, self._valid, self._grids)
+        given = shortened_of(self.last)
+        if given is None:
+            return make_report(self.last, str(self.stages), self._modality, self._valid, self._grids)
+        valid, modality = self._valid, None if self._modality is None else given.of(self._modality)
+        if valid is None:
+            shape = (1, self.last.request.prompt_end + given.missing)
+            valid = torch.ones(shape, dtype=torch.bool, device=given.columns.device)
+        grids: list[list[Grid]] | None = None if modality is None else [[] for _ in modality]
+        return make_report(self.last, str(self.stages), modality, given.of(valid), grids)
+
+    def shorten(self, given: Shortened, cache: Any) -> None:
+        """The cache learns what the language model is given; see `Stage`."""
+        if isinstance(cache, CompressedCache):
+            cache.shorten(given)
 
     def _generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         settings = vars(generation_config or self.model.generation_config) | kwargs
@@ -177,6 +198,11 @@ class Session(Opened):
     def _continued(self, cache: Any, prompt: dict[str, Any]) -> CompressedCache:
         if not isinstance(cache, CompressedCache):
             raise ValueError(f"a compress session continues a CompressedCache, not a {type(cache).__name__}")
+        if self._reducing is None and shortened_of(cache) is not None:
+            raise ValueError(
+                "the images of this conversation were reduced, so its columns are counted anew in every turn; go on "
+                "inside a session whose pipeline names a method that reduces, such as 'visionzip | adakv'"
+            )
         tokens = prompt["input_ids"] if prompt["inputs_embeds"] is None else prompt["inputs_embeds"]
         if tokens is None:
             raise ValueError("the prompt is empty; pass the whole conversation as input_ids or inputs_embeds")
@@ -209,7 +235,7 @@ class Session(Opened):
 
     def _check_compressed(self, cache: CompressedCache) -> None:
         waiting = [layer.layer_idx for layer in cache.compressed_layers if layer.is_initialized and layer.reading]
-        if waiting and cache.get_seq_length() >= cache.request.prompt_end:
+        if waiting and cache.request.seen >= cache.request.prompt_end:
             raise RuntimeError(
                 f"the attention of layers {waiting} never went through mmkv; this model cannot be compressed"
             )

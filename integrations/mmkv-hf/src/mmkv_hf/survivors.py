@@ -126,13 +126,14 @@ def later_mask(
         layer: its cache, before the new tokens are added.
         new: number of new tokens.
         window: how far it sees; None: everything.
-        valid: [B, columns so far] bool, which columns are no padding; None: all after the prompt.
+        valid: [B, columns so far] bool, which columns are no padding, of a prompt before its images were reduced; None:
+            all after the prompt.
         device: of the mask.
     """
     cached = layer.get_seq_length()
     end = held.length + cached - held.columns.shape[1]
     after = torch.arange(held.length, end + new, device=device).expand(len(held.columns), -1)
-    real = torch.ones_like(after, dtype=torch.bool) if valid is None else valid[:, held.length :]
+    real = torch.ones_like(after, dtype=torch.bool) if valid is None else valid[:, -after.shape[1] :]
     columns, real = torch.cat([held.columns, after], 1), torch.cat([held.real, real], 1)
     asking = torch.arange(end, end + new, device=device)[:, None]
     if window is None:

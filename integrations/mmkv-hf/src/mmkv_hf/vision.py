@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from .shortened import length_of
+
 
 class Vision:
     """Which tokens of a conversation are vision tokens: `seen` [B, S] bool, those of the pass under way included."""
@@ -21,7 +23,7 @@ class Vision:
 
 
 class VisionCache(Cache):  # type: ignore[misc]
-    """A cache that knows which of its tokens are vision tokens, where its layers need it.
+    """A cache that knows what its rows hold: vision tokens, where its layers need it, and which columns of a prompt.
 
     Attributes:
         vision: shared with the layers.
@@ -44,19 +46,29 @@ class VisionCache(Cache):  # type: ignore[misc]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the given batch rows."""
-        self.vision.rows(indices)
+        self._rows(indices)
         super().batch_select_indices(indices)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search."""
-        self.vision.rows(beam_idx)
+        self._rows(beam_idx)
         super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every batch row."""
         if self.vision.seen is not None:
             self.vision.seen = self.vision.seen.repeat_interleave(repeats, dim=0)
+        length = length_of(self)
+        if length is not None:
+            length.shortened = length.shortened.repeated(repeats * len(length.shortened.columns))
         super().batch_repeat_interleave(repeats)
+
+    def _rows(self, index: Tensor) -> None:
+        """What is known of the tokens, for the given batch rows."""
+        self.vision.rows(index)
+        length = length_of(self)
+        if length is not None:
+            length.shortened = length.shortened.rows(index)
 
     def reset(self) -> None:
         """Forgets everything."""

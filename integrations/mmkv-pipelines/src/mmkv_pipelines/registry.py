@@ -13,7 +13,9 @@ import mmkv_prune
 import mmkv_scores
 import mmkv_select
 
-Kind = Literal["score", "wrap", "layers", "heads", "select", "prune", "share"]
+Kind = Literal["score", "wrap", "layers", "heads", "select", "reduce", "prune", "share"]
+STAGES: frozenset[Kind] = frozenset({"reduce", "prune", "share"})
+"""Kinds that are stages of their own, before a pipeline that evicts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,7 @@ class Method:
     Attributes:
         name: as written in the text form.
         kind: its place: "score" (base), "wrap" (takes a score as its first argument), "layers", "heads" or "select" in
-            a pipeline that evicts; "prune" and "share" are stages of their own.
+            a pipeline that evicts; "reduce", "prune" and "share" are stages of their own.
         factory: a frozen dataclass.
         order: wraps are applied from low to high, so BACON (0) is inside MixKV (1); of one order, the first named is
             the outermost.
@@ -105,6 +107,11 @@ for _name, _kind, _factory, _order in (
     ("sparsemm", "heads", mmkv_budget.SparseMM, 2),
     ("headkv", "heads", mmkv_budget.HeadKV, 2),
     ("select", "select", mmkv_select.Select, 2),
+    ("visionzip", "reduce", mmkv_prune.VisionZip, 2),
+    ("prumerge", "reduce", mmkv_prune.PruMerge, 2),
+    ("prumergeplus", "reduce", mmkv_prune.PruMergePlus, 2),
+    ("keepuniform", "reduce", mmkv_prune.KeepUniform, 2),
+    ("keeprandom", "reduce", mmkv_prune.KeepRandom, 2),
     ("adsc", "prune", mmkv_prune.ADSC, 2),
     ("fastv", "prune", mmkv_prune.FastV, 2),
     ("pyramiddrop", "prune", mmkv_prune.PyramidDrop, 2),

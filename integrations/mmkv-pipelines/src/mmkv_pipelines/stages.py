@@ -1,4 +1,4 @@
-"""What happens to a prompt in turn: vision tokens are dropped, layers share attention, entries are evicted."""
+"""What happens to a prompt in turn: images are reduced, vision tokens dropped, attention shared, entries evicted."""
 
 from __future__ import annotations
 
@@ -7,46 +7,49 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmkv_layershare import LazyPlan
-from mmkv_prune import Pruner
+from mmkv_prune import Pruner, Reducer
 
 from . import text
 from .pipeline import Pipeline
-from .registry import find
+from .registry import STAGES, find
 
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """Up to three stages, run in this order, of which each may be missing.
+    """Up to four stages, run in this order, of which each may be missing.
 
     Attributes:
+        reduce: which vision tokens the language model is given.
         prune: which vision tokens never reach deeper layers.
         share: which layers borrow a neighbour's attention.
         evict: which entries leave the cache once the prompt has been read.
     """
 
+    reduce: Reducer | None = None
     prune: Pruner | None = None
     share: LazyPlan | None = None
     evict: Pipeline | None = None
 
     def __post_init__(self) -> None:
         """Refuses parts of another kind, nothing at all, and a layer that prunes in the middle of a lazy block."""
-        kinds = {"prune": Pruner, "share": LazyPlan, "evict": Pipeline}
+        kinds = {"reduce": Reducer, "prune": Pruner, "share": LazyPlan, "evict": Pipeline}
         given = {name: getattr(self, name) for name in kinds if getattr(self, name) is not None}
         for name, part in given.items():
-            if not isinstance(part, kinds[name]):
+            is_other = name == "reduce" and isinstance(part, Pruner)  # a method between layers looks like one before
+            if is_other or not isinstance(part, kinds[name]):
                 raise TypeError(f"Stages({name}=...) does not take a {type(part).__name__}")
         if not given:
-            raise ValueError("Stages needs one stage at least: prune, share or evict")
+            raise ValueError("Stages needs one stage at least: reduce, prune, share or evict")
         if self.prune is not None and self.share is not None:
             check_blocks(self.prune, self.share)
 
     @classmethod
     def parse(cls, source: str | Pipeline | Stages) -> Stages:
-        """The stages named by e.g. "adsc(layers=[4,20],stride=3) | lazy(plan.json) | adakv+mixkv+bacon".
+        """The stages named by e.g. "visionzip | adsc(layers=[4,20],stride=3) | lazy(plan.json) | adakv+mixkv+bacon".
 
-        Each stage stands once, in any order. A pruning method and `lazy` are stages of their own; everything else is
-        the text form of a `Pipeline`. `lazy` takes the path of a plan (and a mode), the name of a preset, or a plan's
-        own settings. A `Pipeline` becomes the stage that evicts; `Stages` are returned as they are.
+        Each stage stands once, in any order. A method that reduces images or prunes and `lazy` are stages of their own;
+        everything else is the text form of a `Pipeline`. `lazy` takes the path of a plan (and a mode), the name of a
+        preset, or a plan's own settings. A `Pipeline` becomes the stage that evicts; `Stages` are returned as they are.
 
         Raises:
             TypeError: none of these.
@@ -69,7 +72,7 @@ class Stages:
 
     def __str__(self) -> str:
         """The canonical text form, which `parse` reads back as equal stages where the text form can say it."""
-        own = [text.show(part) for part in (self.prune, self.share) if part is not None]
+        own = [text.show(part) for part in (self.reduce, self.prune, self.share) if part is not None]
         return " | ".join([*own, *([str(self.evict)] if self.evict is not None else [])])
 
 
@@ -91,15 +94,15 @@ def check_blocks(prune: Pruner, share: LazyPlan) -> None:
 def _stage(piece: str) -> tuple[str, Any]:
     """The name of the stage and what it is."""
     if not piece.strip():
-        raise ValueError("a stage is missing: write prune | share | evict, leaving out what you do not want")
+        raise ValueError("a stage is missing: write reduce | prune | share | evict, leaving out what you do not want")
     parts = text.split(piece, "+")
     name = parts[0].partition("(")[0].strip()
-    if len(parts) > 1 or not name or find(name).kind not in ("prune", "share"):
+    if len(parts) > 1 or not name or find(name).kind not in STAGES:
         return "evict", Pipeline.parse(piece)
     method, args, settings = text.read(piece)
     if method.kind == "share":
         return "share", _plan(args, settings)
-    return "prune", text.make(method, args, settings)
+    return method.kind, text.make(method, args, settings)
 
 
 def _plan(args: list[Any], settings: dict[str, Any]) -> LazyPlan:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mmkv_budget import HeadScores
 
-from .registry import Method, find, methods, named
+from .registry import STAGES, Method, find, methods, named
 
 _PART = re.compile(r"\s*(\w+)\s*(?:\((.*)\))?\s*", re.DOTALL)
 _WORDS = {"true": True, "false": False, "none": None}
@@ -30,7 +30,7 @@ def parse(source: str) -> dict[str, Any]:
     parts = [read(piece) for piece in pieces]
     found: dict[str, Any] = {}
     for method, args, settings in parts:
-        if method.kind in ("prune", "share"):
+        if method.kind in STAGES:
             raise ValueError(f"{method.name} is a stage of its own: write it as in {method.name} | snapkv")
         if method.kind != "wrap":
             place = method.kind
