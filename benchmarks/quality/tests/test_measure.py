@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mmkv_hf import CompressedCache, Pipeline, Stages, compress, set_attention, share
+from mmkv_hf import CompressedCache, Pipeline, Stages, compress, reduce_images, set_attention, share
 from mmkv_layershare import LazyPlan
 from mmkv_quality.cells import Cell, Method, Setting
 from mmkv_quality.measure import Block, measure
 from mmkv_quality.replay import observed
-from mmkv_quality.stages import LAZY, PRUNERS
+from mmkv_quality.stages import LAZY, PRUNERS, REDUCERS
 from mmkv_quality.worlds import encode, image_part, make_block
 from mmkv_testbed import batch_inputs
 
@@ -157,6 +157,27 @@ def test_dropped_tokens(checkpoint, method):
     assert held <= block.held + 6 * 2 * 4 * 32 * 4 * 4 * 8  # the session's cache has four more tokens
     (full,) = measure(checkpoint, asked, [Cell(AFTER)])
     assert block.held < full.held
+
+
+@pytest.mark.parametrize("name", ["prumergeplus", "visionzip 192"])
+def test_fewer_tokens_before_the_language_model(checkpoint, name):
+    """The same with a stock cache; and behind it, eviction by the product's own session."""
+    asked = samples(AFTER)
+    alone, behind = Method("", stages=(name,)), Method(stages=(name,))
+    blocks = list(measure(checkpoint, asked, [Cell(AFTER, alone), Cell(AFTER, behind, 64)]))
+    inputs = batch_inputs(checkpoint.processor, asked)
+    length, model = inputs["input_ids"].shape[1], checkpoint.model
+    with reduce_images(model, REDUCERS[name]) as session, torch.no_grad():
+        usual = model.generate(**inputs, max_new_tokens=5, do_sample=False)[:, length:]
+        given = session.last.columns.shape[1]
+    assert blocks[0].usual.right.tolist() == words(checkpoint, usual, asked)
+    assert blocks[0].full == 6 * given * 2 * 4 * 32 * 4 * 4  # K and V, heads, size, layers, bytes
+    assert blocks[0].full <= blocks[0].held < 1.01 * blocks[0].full  # rows that keep fewer have fillers to mark
+    stages = Stages(reduce=REDUCERS[name], evict=Pipeline.parse("snapkv(window=8)"))
+    with compress(model, stages, budget=64) as session, torch.no_grad():
+        usual = model.generate(**inputs, max_new_tokens=5, do_sample=False)[:, length:]
+    assert blocks[1].usual.right.tolist() == words(checkpoint, usual, asked)
+    assert blocks[1].held < blocks[0].held / 2
 
 
 @pytest.mark.parametrize("name", ["vla", "gla"])

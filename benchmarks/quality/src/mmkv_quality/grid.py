@@ -14,7 +14,7 @@ from mmkv_layershare import LazyPlan
 
 from .cells import Cell, Method, Setting
 from .rule import BUDGETS, PUBLISHED_WINDOW, WINDOW
-from .stages import LAZY, PRUNERS, build
+from .stages import LAZY, PRUNERS, REDUCERS, build
 
 SCORES: Final = ("snapkv", "tova", "h2o", "streamingllm", "knorm", "vnorm", "keydiff", "random")
 SHARES: Final = ("uniform", "pyramidkv", "adakv", "sparsemm")
@@ -39,9 +39,12 @@ FACTOR_BUDGETS: Final = BUDGETS[:-1]
 """Of everything but the main grid: at the mildest budget most methods answer as the full cache does."""
 QUICK_BUDGET: Final = BUDGETS[1]
 
-STAGED: Final = tuple((name,) for name in (*PRUNERS, *LAZY))
+STAGED: Final = tuple((name,) for name in (*REDUCERS, *PRUNERS, *LAZY))
 """Stages by themselves."""
-COMBINED: Final = (("fastv",), ("pyramiddrop",), ("uniformdrop",), ("vla",), ("gla",), ("fastv", "vla"))
+COMBINED: Final = (
+    *(("visionzip 192",), ("visionzip 192", "vla")),
+    *(("fastv",), ("pyramiddrop",), ("vla",), ("gla",), ("fastv", "vla")),
+)
 """Stages with eviction behind them, and those that are combined without it."""
 BEHIND: Final = (Method(), Method(share="adakv", wraps=("bacon",)))
 
@@ -180,16 +183,16 @@ def _check_known(what: str, given: Iterable[str], known: Collection[str]) -> Non
 def _quick(models: tuple[str, ...]) -> tuple[Group, ...]:
     settings = [Setting(model, arrangement=world) for model, world in product(models, WORLDS)]
     cells = _cells(settings, all_methods(), (QUICK_BUDGET,))
-    return (Group("main", f"every method at a budget of {QUICK_BUDGET}", cells), _stages(settings, (QUICK_BUDGET,)))
+    return (Group("main", f"every method at a budget of {QUICK_BUDGET}", cells), _stages(settings))
 
 
-def _stages(settings: Iterable[Setting], budgets: Iterable[int]) -> Group:
-    """Vision tokens dropped and attention shared, alone and with eviction behind it."""
+def _stages(settings: Iterable[Setting]) -> Group:
+    """Vision tokens left out and attention shared, alone and with eviction behind it."""
     settings = tuple(settings)
     alone = dict.fromkeys((*STAGED, *COMBINED))
     lone = _cells(settings, (Method("", stages=names) for names in alone), (0,))
-    behind = _cells(settings, (replace(m, stages=names) for names in COMBINED for m in BEHIND), budgets)
-    return Group("stages", "vision tokens dropped, attention shared", tuple(dict.fromkeys((*lone, *behind))))
+    behind = _cells(settings, (replace(m, stages=names) for names in COMBINED for m in BEHIND), (QUICK_BUDGET,))
+    return Group("stages", "vision tokens left out, attention shared", tuple(dict.fromkeys((*lone, *behind))))
 
 
 def _full(models: tuple[str, ...]) -> tuple[Group, ...]:
@@ -217,7 +220,7 @@ def _full(models: tuple[str, ...]) -> tuple[Group, ...]:
         Group("main", "every method at every budget", _cells(every, all_methods())),
         *(Group(name, title, _cells(its, NAMED, FACTOR_BUDGETS)) for title, (name, its) in varied.items()),
         Group("window", "one factor: the observation window", windows),
-        _stages(every, BUDGETS[1:3]),
+        _stages(every),
         *(Group(name, title, _cells(main, its, FACTOR_BUDGETS)) for title, (name, its) in variants.items()),
     )
 

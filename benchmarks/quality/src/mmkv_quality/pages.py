@@ -232,7 +232,8 @@ def _stages(bench: Benchmark) -> list[list[str]]:
     for method, budget in kinds:
         cells = [Cell(setting, method, budget) for setting in settings]
         if any(bench.get(cell) for cell in cells):
-            held = [result.held / result.full for cell in cells if (result := bench.get(cell))]
+            both = [(result, bench.full(cell.setting)) for cell in cells if (result := bench.get(cell))]
+            held = [result.held / full.held for result, full in both if full]
             share = f"{percent(min(held))} to {percent(max(held))}"
             rows.append([code(method.name), str(budget or ""), share, *(_marked(bench, cell, 2.0) for cell in cells)])
     words = (

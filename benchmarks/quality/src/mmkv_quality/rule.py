@@ -11,6 +11,7 @@
   two, and only these, AdaKV does not normalise.
 * Pruning methods drop tokens at the published layers of 32, scaled by the number of layers, rounded to the nearest,
   each at least one later than the one before; never at the first layer.
+* The vision towers here have a single layer: VisionZip looks at it, and not at the last but one.
 * Lazy layers: at least a third of the layers, in the blocks that calibration finds cheapest, training-free.
 """
 

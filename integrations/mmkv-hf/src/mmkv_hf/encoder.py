@@ -204,7 +204,7 @@ class ReduceSession(Context):
         )
 
     def _cls_feature(self, features: Tensor) -> Tensor | None:
-        if not self._site.hands_on_cls or self._hidden is None:
+        if not (self._cls and self._site.hands_on_cls) or self._hidden is None:
             return None
         layers = self.model.config.vision_feature_layer
         chosen = [self._hidden[i] for i in ([layers] if isinstance(layers, int) else layers)]
