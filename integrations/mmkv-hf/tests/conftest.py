@@ -238,7 +238,8 @@ def encoded(model, inputs, method):
     heard = Heard(model, inputs, layer)
     grids = inputs.get("image_grid_thw", inputs.get("video_grid_thw"))
     sizes = None if grids is None else [int(h * w) for t, h, w in grids for _ in range(t)]
-    cls = model.config.model_type in ("llava", "llava_next", "internvl")
+    kind = model.config.model_type
+    cls = kind in ("llava", "llava_next", "internvl") and model.config.vision_config.model_type != "siglip_vision_model"
     pairs, out = heard.images(sizes), []
     features = heard.features if sizes is None else heard.features.split([size // 4 for size in sizes])
     for i, (query, key) in enumerate(pairs):
@@ -249,7 +250,7 @@ def encoded(model, inputs, method):
         members = patches_of(model, len(compared), len(features[i]))
         summed = torch.stack([sum(received[p] for p in group) for group in members])
         mean = torch.stack([sum(compared[p] for p in group) / len(group) for group in members])
-        first = heard.hidden[-1][i, 0] if model.config.model_type == "llava" else None
+        first = heard.hidden[-1][i, 0] if cls and kind == "llava" else None
         out.append((features[i], summed, mean, first))
     return out
 

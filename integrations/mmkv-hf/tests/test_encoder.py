@@ -11,11 +11,12 @@ from mmkv_hf.encoder import _slots
 from mmkv_layershare import LazyPlan
 from mmkv_prune import ADSC, KeepRandom, KeepUniform, PruMerge, PruMergePlus, Reduced, TowerEvidence, VisionZip
 from mmkv_testkit.families import FAMILIES, pad
-from transformers import DynamicCache
+from transformers import DynamicCache, SiglipVisionConfig
 
 F64 = torch.float64
 EXACT = 1e-9
 MATTERS = 1e-2
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 KNOWN = ["llava", "llava_next", "internvl", "idefics3", "smolvlm", "qwen2_vl"]
 METHODS = [
     VisionZip(dominant=5, contextual=3),
@@ -60,6 +61,21 @@ def test_a_padded_batch_of_two_images_equals_the_prompts_by_hand(kit, family, me
     stock = kit.decode(tiny.model, inputs, found.tokens)
     assert kit.difference(stock.logits, found.logits) > MATTERS
     assert torch.equal(found.sequences[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
+
+
+@pytest.mark.parametrize("method", METHODS, ids=name_of)
+def test_a_llava_whose_tower_has_no_cls_token(kit, method):
+    tiny = kit.vlm("llava", batch=2, images=2, dtype=F64)
+    config = copy.deepcopy(tiny.model.config)
+    vision = {k: v for k, v in config.vision_config.to_dict().items() if k in SIZES}
+    config.vision_config = SiglipVisionConfig(**vision, vision_use_head=False)
+    config.vision_feature_select_strategy = "full"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = type(tiny.model)(config).to(F64).eval()
+    model.load_state_dict({k: v for k, v in tiny.model.state_dict().items() if "vision_tower" not in k}, strict=False)
+    model.generation_config = tiny.model.generation_config
+    check(kit, model, pad(tiny.inputs, left=[9, 0]), method)
 
 
 def test_rows_keep_different_counts(kit):
