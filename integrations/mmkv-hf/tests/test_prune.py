@@ -10,6 +10,7 @@ from mmkv_hf.survivors import Held, numbering
 from mmkv_layershare import LazyPlan
 from mmkv_prune import ADSC, FastV, PyramidDrop, RandomDrop, SparseVLM, UniformDrop
 from mmkv_testkit.families import FAMILIES, pad, unpadded
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import pad as widen
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import sdpa_mask
@@ -427,6 +428,18 @@ def test_what_the_model_cannot_do_is_refused_before_anything_runs(kit, family, m
         prune(kit.vlm(family).model, method)
 
 
+def test_flex_attention_makes_no_difference(kit):
+    """A model set to it gets other attention inside a session, whose masks can be cut, and it back afterwards."""
+    tiny = kit.vlm("llava", batch=2)
+    inputs, found = pad(tiny.inputs, left=[9, 0]), {}
+    for attention in ("flex_attention", "sdpa"):
+        tiny.model.set_attn_implementation({"text_config": attention})
+        with prune(tiny.model, FastV(layer=1)):
+            found[attention] = kit.decode(tiny.model, inputs)
+        assert tiny.model.config.text_config._attn_implementation == attention
+    assert torch.equal(found["flex_attention"].logits, found["sdpa"].logits)
+
+
 def test_what_cannot_work_is_refused_and_the_model_is_as_before(kit):
     tiny = kit.vlm("llava")
     model = tiny.model
@@ -442,5 +455,10 @@ def test_what_cannot_work_is_refused_and_the_model_is_as_before(kit):
         embeds = model.get_input_embeddings()(tiny.inputs["input_ids"])
         with pytest.raises(ValueError, match="pass input_ids, or mm_token_type_ids"):
             model(inputs_embeds=embeds)
+        count = embeds.shape[1]
+        flex = create_block_mask(lambda b, h, q, k: q >= k, 1, None, count, count, device="cpu")
+        for mask, name in ((flex, "a BlockMask"), (torch.ones(1, 1, count, count).bool(), r"\[1, 1, 88, 88\]")):
+            with pytest.raises(ValueError, match=rf"reads an attention mask \[B, N\], not {name}"):
+                model(**tiny.inputs | {"attention_mask": mask})
     assert (dict(vars(model)), model.config.to_dict()) == before
     assert [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()] == hooks

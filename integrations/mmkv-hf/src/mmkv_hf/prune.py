@@ -113,6 +113,8 @@ class PruneSession(Opened):
             )
         self._reading = None
         mask = kwargs.get("attention_mask")
+        if mask is not None and not isinstance(mask, Tensor):
+            raise ValueError(f"pruning reads an attention mask [B, N], not a {type(mask).__name__}")
         self._mask = None if mask is None else mask.bool()
         if cache is not None and cache.get_seq_length():
             if bool((kinds > 0).any()):
