@@ -234,6 +234,18 @@ def test_the_guide_names_the_best_and_those_not_clearly_worse(bench):
     assert min(means[name] for name in mentioned) >= max(means[name] for name in close - set(mentioned))
 
 
+def test_the_guide_recommends_nothing_that_hardly_ever_answers(bench):
+    """One answer of sixty by the best pipeline, none by the others."""
+    none = {key: dataclasses.replace(x, honest=Outcomes(x.honest.right & False)) for key, x in bench.results.items()}
+    one = Outcomes(np.arange(COUNT)[:, None] + np.zeros((1, WORDS + 1)) == 5)
+    best = {f"{m}/value/vertical/suffix8/normal/after|bacon|32|w8": one for m in ("one", "two")}
+    some = {key: dataclasses.replace(bench.results[key], honest=right) for key, right in best.items()}
+    full = {key: x for key, x in bench.results.items() if key.endswith("|full")}
+    text = guide.render(dataclasses.replace(bench, results={**none, **some, **full}))
+    line = next(x for x in text[text.index("## Evidence vertical") :].splitlines() if x.startswith("* **32**"))
+    assert line == "* **32**: too few for this: the best, `bacon`, answers 1.7 ± 1.7 %, the full cache 100.0 %."
+
+
 def test_pages_can_be_made_again_from_the_json_alone(bench, page, tmp_path):
     again = of_json(json.loads(json.dumps(to_json(bench))))
     assert pages.render(again) == page

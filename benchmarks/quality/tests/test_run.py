@@ -155,6 +155,8 @@ def test_a_killed_run_goes_on_and_loses_no_finished_cell(tmp_path, checkpoint):
         assert {k: v for k, v in line.items() if k != "seconds"} == {
             k: v for k, v in expected.items() if k != "seconds"
         }
+    took = json.loads((tmp_path / "took.json").read_text())
+    assert took["command"] == f"python -m mmkv_quality run --quick --models {SMALL} --samples {COUNT} --workers 1"
     assert {"quality.json", "quality.md", "quality-guide.md"} <= {path.name for path in tmp_path.iterdir()}
     other = subprocess.run([*command(tmp_path), "--samples", "9"], check=False, capture_output=True, text=True)
     assert other.returncode == 1

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,8 +145,13 @@ def _measure(job: runner.Run, plan: Plan) -> None:
             runner.execute(job, plan, progress)
     finally:
         seconds = round(before + time.perf_counter() - start, 1)
-        command = f"python -m mmkv_quality {' '.join(sys.argv[1:])}"
-        folder.note("took.json", {"command": command, "seconds": seconds, "workers": job.workers})
+        folder.note("took.json", {"command": _command(sys.argv[1:]), "seconds": seconds, "workers": job.workers})
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """What was asked for, without the names of folders on this machine."""
+    said = shlex.join(["python", "-m", "mmkv_quality", *arguments])
+    return re.sub(r" --(out|pages)[ =]('[^']*'|\S+)", "", said)
 
 
 def _print_estimate(plan: Plan, job: runner.Run) -> None:

@@ -16,6 +16,8 @@ from .statistics import Estimate, estimate, paired
 
 MENTIONED = 4
 """Pipelines named as no worse than the best one."""
+USEFUL = 0.1
+"""Exact match from which a pipeline is worth naming."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,11 @@ def _advice(bench: Benchmark, situation: Situation) -> Iterator[str]:
 
 
 def _sentence(scores: dict[Method, Floats], best: Method, close: list[Method], full: Estimate) -> str:
-    said = f"{code(best.name)} answers {level(estimate(scores[best]))} %, the full cache {percent(full.mean)} %."
+    top = estimate(scores[best])
+    whole = f"the full cache {percent(full.mean)} %."
+    if top.mean < USEFUL:
+        return f"too few for this: the best, {code(best.name)}, answers {level(top)} %, {whole}"
+    said = f"{code(best.name)} answers {level(top)} %, {whole}"
     if close:
         close.sort(key=lambda method: -float(scores[method].mean()))
         named = ", ".join(f"{code(m.name)} {percent(float(scores[m].mean()))} %" for m in close[:MENTIONED])

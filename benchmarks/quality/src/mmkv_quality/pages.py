@@ -31,7 +31,10 @@ LIMITS = """\
   than in a large model, heads differ less by themselves, and layers have jobs of their own.
 * The rest of a page is noise by construction. Real documents repeat themselves, so diversity has more to win there.
 * Prompts are short. Costs that grow with the prompt, and windows that are a tiny share of it, are not seen.
-* Answers are copied, not reasoned: nothing here needs the whole page at once."""
+* Answers are copied, not reasoned: nothing here needs the whole page at once.
+* The last token of a prompt was trained to point at the evidence. A method that looks at that token alone (`tova`) has
+  all it needs where one question asks for one thing; where an answer leads on to other evidence (the tasks `pair` and
+  `list`), or nobody has asked yet, it does not, and only there can it be compared with the others."""
 
 
 def render(bench: Benchmark, pictures: Sequence[str] = ()) -> str:

@@ -21,6 +21,7 @@ LINES: Final = (
     Method(share="adakv", wraps=("bacon",)),
     Method(share="adakv", wraps=("mixkv", "bacon")),
     Method(share="pyramidkv"),
+    Method("tova"),
     Method("h2o"),
     Method("random"),
 )
@@ -85,7 +86,7 @@ def _panel(axis: Any, bench: Benchmark, setting: Setting, x: Callable[[Cell, Res
                 [100 * value.error for value in values],
                 label=method.name,
                 color=f"C{number}",
-                marker="osD^v<>Xx"[number],
+                marker="osD^v<>PXx"[number],
                 markersize=4,
                 linewidth=1.2,
                 capsize=2,
