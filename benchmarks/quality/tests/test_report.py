@@ -14,7 +14,7 @@ from mmkv_pipelines import Pipeline
 from mmkv_quality import compared, guide, pages, plots, report, trust
 from mmkv_quality.benchmark import Benchmark, joined, of_json, to_json
 from mmkv_quality.cells import Cell, Method, Setting
-from mmkv_quality.grid import make_plan, only
+from mmkv_quality.grid import CONTROLS, WORLDS, make_plan, only
 from mmkv_quality.outcomes import Outcomes
 from mmkv_quality.published import HEADLINES, Headline
 from mmkv_quality.results import Result
@@ -162,6 +162,39 @@ def test_the_mean_gain_by_hand(bench, metric):
     assert 0 < found.error < found.mean
 
 
+def test_the_range_of_gains_by_hand(bench, page):
+    """MixKV on `locate`: two allocations, each over both arrangements of one model."""
+    headline = next(h for h in HEADLINES if h.name == "MixKV on SnapKV, grounding")
+    where = [
+        Cell(Setting("one", "locate", world), Method(wraps=wraps), 32) for wraps in ((), ("mixkv",)) for world in WORLDS
+    ]
+    base, other, wrapped, too = (float(bench.results[cell.key].honest.tokens.mean()) for cell in where)
+    one = f"{100 * ((wrapped + too) / (base + other) - 1):+.1f}"
+    assert compared.spread(bench, headline, 32) == f"{one} / {one} / {one}"
+    low, middle, high = map(float, compared.spread(bench, HEADLINES[0], 32).split(" / "))
+    assert low < middle < high
+    assert compared.spread(bench, dataclasses.replace(headline, tasks=("no such task",)), 32) == "n/a"
+
+
+def test_the_guide_names_a_second_where_the_last_token_wins(bench):
+    key = "{}/value/vertical/suffix8/normal/after|tova|32|w8"
+    best = {key.format(m): bench.results[f"{m}/value/vertical/suffix8/normal/after|full"] for m in ("one", "two")}
+    text = guide.render(dataclasses.replace(bench, results={**bench.results, **best}))
+    line = next(x for x in text[text.index("## Evidence vertical") :].splitlines() if x.startswith("* **32**"))
+    plain = next(x for x in guide.render(bench).splitlines() if x.startswith("* **32**"))
+    assert re.match(r"\* \*\*32\*\*: `tova` answers 100.0 .* Best without `tova`: `[a-z+]*bacon` [\d.]+ %\.", line)
+    assert "Best without" not in plain
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"format": "mmkv-quality/1"}', '{"format": "other"}'])
+def test_what_is_no_result_is_named(tmp_path, text):
+    (tmp_path / "some.json").write_text(text)
+    with pytest.raises(ValueError, match=r"some\.json is no quality\.json"):
+        report.write([tmp_path / "some.json"], tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        report.write([tmp_path / "nowhere"], tmp_path)
+
+
 def test_the_best_gain_is_of_one_setting(bench):
     found = compared.gain(bench, HEADLINES[1], 16, "tokens")
     assert found.mean > compared.gain(bench, HEADLINES[0], 16, "tokens").mean
@@ -177,7 +210,7 @@ PUBLISHED = Headline("x", "bacon", 7.5, "mean", (), (), "somewhere")
         (None, "nothing to compare"),
         (Estimate(0.08, 0.01), "no difference that these samples show"),
         (Estimate(-0.3, 0.2), "no difference that these samples show"),
-        (Estimate(0.01, 0.01), "differs, nothing measurable"),
+        (Estimate(0.01, 0.01), "differs, the mean shows no change"),
         (Estimate(-0.05, 0.01), "differs in sign, a loss here"),
         (Estimate(0.03, 0.01), "the same direction, less of it"),
         (Estimate(0.4, 0.01), "the same direction, more of it"),
@@ -368,13 +401,14 @@ def test_adakv_is_counted_against_uniform_budgets(bench):
     text = pages.render(dataclasses.replace(bench, results=changed)).split("## AdaKV against uniform budgets")[1]
     counts = {"better": 0, "worse": 0, "neither": 0}
     for cell in bench.plan.groups[0].cells:
-        if cell.method and cell.method.share == "adakv" and cell.method.name != "adakv+tova":
+        method = cell.method
+        if method and method.share == "adakv" and method.name != "adakv+tova" and method.score not in CONTROLS:
             uniform = Cell(cell.setting, dataclasses.replace(cell.method, share="uniform"), cell.budget)
             pairs = zip(exact(data, cell.key), exact(data, uniform.key), strict=True)
             mean, error = mean_and_error([a - b for a, b in pairs])
             counts["neither" if abs(mean) <= 2 * error else "better" if mean > 0 else "worse"] += 1
     said = "Of {} comparisons of exact match AdaKV is clearly better in {better}, clearly worse in {worse}, neither in "
-    assert said.format(sum(counts.values()), **counts) + f"{counts['neither']}." in text
+    assert said.format(sum(counts.values()), **counts) + f"{counts['neither']};" in text
     assert "\nLeft out, as exact match never differs: `adakv+tova`.\n" in text
     assert "`adakv+tova`" not in text.split("never differs")[1].split("\n## ")[0].partition("\n")[2]
 

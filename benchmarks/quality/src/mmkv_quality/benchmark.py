@@ -140,7 +140,7 @@ def joined(one: Benchmark, other: Benchmark) -> Benchmark:
         raise ValueError(f"runs that differ cannot be joined: {'; '.join(changed)}")
     for key in one.results.keys() & other.results.keys():
         if not one.results[key].agrees(other.results[key]):
-            raise ValueError(f"the runs disagree about {key}: code that both of them depend on has changed")
+            raise ValueError(f"the runs disagree about {key}: other code, another machine, or a damaged file")
     names = dict.fromkeys(group.name for bench in (one, other) for group in bench.plan.groups)
     both = ([group for bench in (one, other) if (group := bench.group(name))] for name in names)
     groups = tuple(replace(its[0], cells=tuple(dict.fromkeys(c for g in its for c in g.cells))) for its in both)
@@ -172,5 +172,12 @@ def of_json(data: Mapping[str, Any]) -> Benchmark:
 
 
 def read(path: Path) -> Benchmark:
-    """The benchmark of a quality.json."""
-    return of_json(json.loads(path.read_text()))
+    """The benchmark of a quality.json.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    try:
+        return of_json(json.loads(path.read_text()))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no quality.json: {error}") from error

@@ -38,6 +38,8 @@ NAMED: Final = (
 FACTOR_BUDGETS: Final = BUDGETS[:-1]
 """Of everything but the main grid: at the mildest budget most methods answer as the full cache does."""
 QUICK_BUDGET: Final = BUDGETS[1]
+SHOWN: Final = 12
+"""Names listed where one is wrong."""
 
 STAGED: Final = tuple((name,) for name in (*REDUCERS, *PRUNERS, *LAZY))
 """Stages by themselves."""
@@ -176,7 +178,8 @@ def _check_known(what: str, given: Iterable[str], known: Collection[str]) -> Non
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+            more = f" and {len(known) - SHOWN} more, see --dry-run" if len(known) > SHOWN else ""
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join([*known][:SHOWN])}{more}"
             raise ValueError(f"no {what} {name!r} in this plan; {hint}")
 
 

@@ -16,6 +16,7 @@ from .statistics import Estimate, estimate, paired
 
 MENTIONED = 4
 """Pipelines named as no worse than the best one."""
+LAST_TOKEN = "tova"
 USEFUL = 0.1
 """Exact match from which a pipeline is worth naming."""
 
@@ -35,7 +36,9 @@ def render(bench: Benchmark) -> str:
         f"From `quality.json`: exact match over {bench.samples} samples per setting, all answer tokens from the "
         "compressed cache, ± one standard error over samples, means over the settings named. *No worse* is less than "
         "two paired standard errors below the best. It is about small models on generated pages: `quality.md` says "
-        "what that cannot show."
+        "what that cannot show. Errors are over samples, not over models. `tova` looks at the last token of the prompt "
+        "alone, which was trained to point at the evidence in these models: where it wins, the best pipeline without "
+        "it is named as well."
     )
     blocks = (section(situation.title, list(_advice(bench, situation))) for situation in _situations(bench))
     lines = [
@@ -101,6 +104,10 @@ def _sentence(scores: dict[Method, Floats], best: Method, close: list[Method], f
         named = ", ".join(f"{code(m.name)} {percent(float(scores[m].mean()))} %" for m in close[:MENTIONED])
         more = f" and {len(close) - MENTIONED} more" if len(close) > MENTIONED else ""
         said += f" No worse: {named}{more}."
+    others = [m for m in scores if m.score != LAST_TOKEN]
+    if best.score == LAST_TOKEN and others:
+        other = max(others, key=lambda m: float(scores[m].mean()))
+        said += f" Best without `{LAST_TOKEN}`: {code(other.name)} {percent(float(scores[other].mean()))} %."
     plain = scores.get(Method())
     if plain is not None and best != Method():
         versus = paired(scores[best], plain)

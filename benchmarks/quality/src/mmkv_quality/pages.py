@@ -11,7 +11,7 @@ from statistics import mean
 from . import compared, guide, rule, trust
 from .benchmark import COMPARES, Benchmark, Part, base_of, difference, exact
 from .cells import Cell, Method, Setting
-from .grid import Group
+from .grid import CONTROLS, Group
 from .markdown import change, code, folded, level, percent, section, table
 from .statistics import estimate, paired
 
@@ -25,7 +25,7 @@ PROTOCOL = (
     "standard errors, `=` neither. An exact match is the whole answer and its end."
 )
 LIMITS = """\
-* One family of small models, trained on generated pages. Absolute accuracies say nothing about models of billions of
+* Small models, trained by one recipe on generated pages. Absolute accuracies say nothing about models of billions of
   parameters; signs of effects and the order of methods may carry over, and only where they agree between models.
 * Retrieval is what these models were trained for, with losses that point heads at the evidence: attention is sharper
   than in a large model, heads differ less by themselves, and layers have jobs of their own.
@@ -41,7 +41,7 @@ def render(bench: Benchmark, pictures: Sequence[str] = ()) -> str:
     """quality.md, with pictures of these names."""
     lines = [
         *section("What compression costs in answers", [PROTOCOL], _made(bench), _unfinished(bench), level=1),
-        *section("In short: exact match, mean over all models and arrangements", guide.summary(bench)),
+        *section("In short: exact match of the task `value`, mean over models and arrangements", guide.summary(bench)),
         *section("Settings: one rule", str(rule.__doc__).splitlines()[2:]),
         *section("The full cache", _full(bench)),
         *section("Pictures", [f"![{name}]({name})" for name in pictures]),
@@ -187,7 +187,7 @@ def _short(bench: Benchmark, cell: Cell | None) -> str:
 def _adakv(bench: Benchmark) -> list[list[str]]:
     """AdaKV minus the uniform budget, everything else equal."""
     budgets = bench.budgets()
-    adaptive = [method for method in bench.methods() if method.share == "adakv"]
+    adaptive = [m for m in bench.methods() if m.share == "adakv" and m.score not in CONTROLS]
     found = {
         (setting, m): [
             difference(bench, Cell(setting, m, b), Cell(setting, replace(m, share="uniform"), b)) for b in budgets
@@ -201,7 +201,7 @@ def _adakv(bench: Benchmark) -> list[list[str]]:
     signs = Counter(x.sign for its in shown.values() for x in its if x is not None)
     words = [
         f"Of {signs.total()} comparisons of exact match AdaKV is clearly better in {signs['+']}, clearly worse in "
-        f"{signs['-']}, neither in {signs['=']}."
+        f"{signs['-']}, neither in {signs['=']}; of so many a few are clear by chance."
     ]
     same = dict.fromkeys(code(m.name) for (_, m), its in found.items() if any(its) and m not in differ)
     if same:

@@ -44,7 +44,8 @@ def of_work(path: Path) -> Benchmark:
         FileNotFoundError: Nothing has been measured there.
     """
     if not (path / "made.json").is_file():
-        raise FileNotFoundError(f"{path} holds no results: there is no made.json; run the benchmark first")
+        why = "there is no made.json in it; run the benchmark first" if path.is_dir() else "there is no such folder"
+        raise FileNotFoundError(f"{path} holds no results: {why}")
     folder = WorkFolder(path)
     made, plan = folder.noted("made.json"), able(folder, plan_of_json(folder.noted("plan.json")))
     blocks = range(-(-made["samples"] // made["block"]))
