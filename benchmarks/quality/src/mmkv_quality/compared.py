@@ -63,8 +63,9 @@ def _headlines(bench: Benchmark) -> Iterator[list[str]]:
         for metric, name in zip(METRICS, names, strict=True):
             rows.append([headline.name, published, name, *map(change, ours[metric])])
         if headline.of == "mean":
-            its = [spread(bench, headline, budget) for budget in budgets]
-            rows.append([headline.name, "", "token accuracy, lowest / median / highest pair", *its])
+            if len(headline.shares) != 1:
+                its = [spread(bench, headline, budget) for budget in budgets]
+                rows.append([headline.name, "", "token accuracy, lowest / median / highest pair", *its])
             said = verdict(headline, ours["tokens"][0], budgets[0])
             verdicts.append(f"* {headline.name}: {said} ({headline.source}.)")
     yield [
