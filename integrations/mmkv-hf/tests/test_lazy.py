@@ -1,5 +1,6 @@
 """Lazy layers against a model that keeps every key and mixes queries, keys or probabilities by hand."""
 
+import copy
 from contextlib import contextmanager
 
 import pytest
@@ -175,12 +176,14 @@ def test_generate_modes_give_the_reference_s_tokens(kit, mode, settings):
 
 
 @MODES
-def test_a_second_turn_goes_on_with_the_cache(kit, mode):
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_second_turn_goes_on_with_the_cache_or_a_copy(kit, copied, mode):
     tiny = kit.vlm("llava", dtype=F64)
     with share(tiny.model, plan_of(tiny.model, mode)) as session:
         first = kit.decode(tiny.model, tiny.inputs)
         turn = kit.conversation(tiny.inputs, first.tokens, kit.words(1, 5))
-        second = kit.decode(tiny.model, turn, past_key_values=session.last)
+        cache = copy.deepcopy(session.last) if copied else session.last
+        second = kit.decode(tiny.model, turn, past_key_values=cache)
         whole = kit.decode(tiny.model, turn | {"pixel_values": tiny.inputs["pixel_values"]}, second.tokens)
     assert kit.difference(second.logits, whole.logits) < EXACT
 

@@ -1,5 +1,6 @@
 """Pruned layers against a dense model that forbids the dropped columns from that layer on."""
 
+import copy
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -462,3 +463,29 @@ def test_what_cannot_work_is_refused_and_the_model_is_as_before(kit):
                 model(**tiny.inputs | {"attention_mask": mask})
     assert (dict(vars(model)), model.config.to_dict()) == before
     assert [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()] == hooks
+
+
+def test_a_copied_cache_goes_on_alone(kit):
+    tiny = kit.vlm("llava", dtype=F64)
+    with prune(tiny.model, METHODS[0]):
+        cache = DynamicCache(config=tiny.text_config)
+        first = kit.decode(tiny.model, tiny.inputs, 3, past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        turn = kit.conversation(tiny.inputs, first.tokens, kit.words(1, 5))
+        whole = kit.decode(tiny.model, turn, 3, past_key_values=cache)
+        del cache
+        alone = kit.decode(tiny.model, turn, 3, past_key_values=twin)
+    assert torch.equal(whole.logits, alone.logits)
+
+
+def test_a_cache_that_was_emptied_knows_nothing_of_before(kit):
+    """Prompts of text alone, read into a cache that held pruned ones."""
+    tiny = kit.vlm("llava", batch=2, dtype=F64)
+    ids = kit.words(2, 40)
+    text = pad({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, left=[9, 0])
+    with prune(tiny.model, METHODS[0]):
+        cache = DynamicCache(config=tiny.text_config)
+        kit.decode(tiny.model, tiny.inputs, 3, past_key_values=cache)
+        cache.crop(-cache.get_seq_length())
+        found = kit.decode(tiny.model, text, 3, past_key_values=cache)
+    assert kit.difference(found.logits, kit.decode(tiny.model, text, found.tokens).logits) < EXACT

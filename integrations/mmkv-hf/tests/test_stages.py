@@ -1,5 +1,6 @@
 """Pruning, lazy layers and eviction together, against a dense model that forbids what each of them took away."""
 
+import copy
 from contextlib import contextmanager
 
 import pytest
@@ -514,3 +515,31 @@ def test_rows_change_places(kit, how, mode):
             out = model(input_ids=step[order, :1], attention_mask=longer, past_key_values=cache, **last)
             logits.append(out.logits[order])
     assert kit.difference(*logits) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [("lazy", 25), ("lazy", 4096), ("adsc", 25), ("adsc", 4096), ("adsc and lazy", 25)],
+)
+@MODES
+def test_a_copied_cache_goes_on_alone(kit, text, budget, mode):
+    tiny = kit.vlm("llava", dtype=F64)
+    model, inputs = tiny.model, tiny.inputs
+    stages = Stages(
+        prune=ADSC(layers=(1, 3), stride=2) if "adsc" in text else None,
+        share=stages_of(model, mode, kit.PIPELINE, blocks=((1, 2),)).share if "lazy" in text else None,
+        evict=Pipeline.parse(kit.PIPELINE),
+    )
+    with compress(model, stages, budget) as session:
+        first = kit.decode(model, inputs, 4)
+        cache = session.last
+        turn = kit.conversation(inputs, first.tokens, kit.words(1, 9))
+        twin = copy.deepcopy(cache)
+        held, copied = ({t.data_ptr() for t in x.tensors() if t.numel()} for x in (cache, twin))
+        assert not held & copied
+        whole = kit.decode(model, turn, past_key_values=cache)
+        kept = cache.kept_masks()
+        session.last = cache = None
+        alone = kit.decode(model, turn, past_key_values=twin)
+    assert torch.equal(whole.logits, alone.logits)
+    assert all(torch.equal(mask, kept[layer]) for layer, mask in twin.kept_masks().items())

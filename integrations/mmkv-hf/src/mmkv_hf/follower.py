@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from .layers import CompressedLayer
 from .vision import Vision
+from .weak import Owner
 
 _NOT_FIRST = -1
 
@@ -30,7 +30,7 @@ class FollowerLayer(CompressedLayer):
 
     def __init__(self, anchor: CompressedLayer, layer_idx: int, vision: Vision | None) -> None:
         super().__init__(anchor.group, _NOT_FIRST, layer_idx, anchor.last_reader)
-        self._anchor = weakref.ref(anchor)  # it points here already; a cycle would keep memory until a gc run
+        self._leader = Owner(anchor)
         self.vision = vision
         anchor.followers.append(self)
 
@@ -52,11 +52,11 @@ class FollowerLayer(CompressedLayer):
     @property
     def reading(self) -> bool:
         """Whether the anchor is being observed."""
-        return self._leader.reading
+        return self._leader().reading
 
     def observe(self, reader: int, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> None:
         """The anchor learns that one more of its readers has run."""
-        self._leader.observe(reader, query, mask, scaling, softcap)
+        self._leader().observe(reader, query, mask, scaling, softcap)
 
     def follow(self, kept: Kept) -> None:
         """Keeps what the anchor keeps.
@@ -76,7 +76,7 @@ class FollowerLayer(CompressedLayer):
         """The prefix with keys: the anchor's, in visual mode those of vision tokens only."""
         if self.prefix is None:
             return None
-        lent = self._leader.prefix
+        lent = self._leader().prefix
         assert lent is not None
         keys = lent.keys
         if self._text is not None:
@@ -101,17 +101,11 @@ class FollowerLayer(CompressedLayer):
     @property
     def bytes_full(self) -> int:
         """Bytes a stock layer would hold after the same tokens."""
-        return self._leader.bytes_full
+        return self._leader().bytes_full
 
     def _apply(self, dense: Any, ragged: Any) -> None:
         super()._apply(dense, ragged)
         self._text = None if self._text is None else ragged(self._text)
-
-    @property
-    def _leader(self) -> CompressedLayer:
-        anchor = self._anchor()
-        assert anchor is not None
-        return anchor
 
     def _is_text(self, held: RaggedKV) -> Tensor:
         """[T] bool: which entries are text."""

@@ -7,7 +7,6 @@ token again, zeros where one was dropped, so losses and hand-written loops work 
 
 from __future__ import annotations
 
-import weakref
 from contextlib import ExitStack
 from typing import Any
 
@@ -41,6 +40,9 @@ from .survivors import (
     positions,
     windows_of,
 )
+
+_HELD = "_mmkv_held"
+"""Where a cache has what its layers hold: on itself, so that copies of it know as well."""
 
 
 def prune(model: PreTrainedModel, method: Pruner) -> PruneSession:
@@ -79,7 +81,6 @@ class PruneSession(Opened):
         self._windows = windows_of(model)
         self._rotary: Any = getattr(model.get_decoder(), "rotary_emb", None)
         self._mask: Tensor | None = None
-        self._known: weakref.WeakKeyDictionary[Any, dict[int, Held]] = weakref.WeakKeyDictionary()
 
     def _enter(self, stack: ExitStack) -> None:
         decoder = self.model.get_decoder()
@@ -122,7 +123,7 @@ class PruneSession(Opened):
                     "vision tokens behind a filled cache cannot be pruned: leave prefill_chunk_size out, and give "
                     "images in the first turn"
                 )
-            self.held = self._known.get(cache, {})
+            self.held = vars(cache).get(_HELD, {})
             return
         valid = self._mask
         if valid is not None and valid.shape != kinds.shape:
@@ -202,8 +203,8 @@ class PruneSession(Opened):
 
     def _end(self, model: Any, args: tuple[Any, ...], output: Any) -> None:
         cache = getattr(output, "past_key_values", None)
-        if cache is not None and self._reading is not None:
-            self._known[cache] = self.held
+        if cache is not None:
+            vars(cache)[_HELD] = self.held
         self._reading = None
 
 

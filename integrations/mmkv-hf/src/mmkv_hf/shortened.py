@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from mmkv_prune import kept_columns
 from torch import Tensor
+
+from .weak import Owner
 
 
 class Shortened(NamedTuple):
@@ -157,18 +158,13 @@ class Length:
     """
 
     def __init__(self, cache: Any, shortened: Shortened) -> None:
-        # Weak: a cache that points at itself would keep its memory until a gc run.
-        self._cache: weakref.ref[Any] = weakref.ref(cache)
+        self._cache = Owner(cache)
         self.shortened, self.inside = shortened, False
 
     def __call__(self, layer_idx: int = 0) -> int:
         cache = self._cache()
-        assert cache is not None
         held: int = type(cache).get_seq_length(cache, layer_idx)
         return held if self.inside or not held else held + self.shortened.missing
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Length:
-        return Length(memo[id(self._cache())], self.shortened)
 
     def put(self) -> None:
         """The cache counts so from here on."""
