@@ -11,7 +11,7 @@ from mmkv_hf import compress, reduce_images
 from mmkv_prune import KeepRandom, KeepUniform, PruMergePlus, TowerEvidence, VisionZip
 from mmkv_prune.random_drop import hashed_uniform
 from mmkv_testkit.families import build, pad, unpadded
-from mmkv_testkit.oracle import MaskedDense
+from mmkv_testkit.oracle import MaskedDense, attending, visible_to, weighed, weights
 from torch import nn
 from transformers import DynamicCache
 
@@ -85,6 +85,40 @@ def masked(model, inputs, tokens, keep, from_query=None, **settings):
         out = decode(model, inputs, tokens, **settings)
     assert oracle.masked_calls
     return out
+
+
+def sharing(model, plan, inputs, rounds=()):
+    """A context: full caches, and lazy layers by hand.
+
+    A block has its anchor's masks, and its probabilities (global mode) or its queries and keys of vision tokens
+    (visual mode).
+    """
+    vision, lent = inputs["input_ids"] == model.config.image_token_id, {}
+
+    def attend(layer, query, key, value, mask, scaling, softcap):
+        anchor, columns = plan.anchor(layer), key.shape[2]
+        rows = torch.arange(columns - query.shape[2], columns)
+        visible = visible_to(rows, columns, mask)
+        for round_ in rounds:
+            if anchor in round_.keep:
+                kept = wide(round_.keep[anchor], len(query), columns, value=True)[:, :, None]
+                visible = visible & (kept | (rows[:, None] < round_.from_query))
+        if plan.mode == "visual" and anchor != layer:
+            image = wide(vision, len(query), columns)[:, None, :, None]
+            query = torch.where(image[:, :, rows], lent[anchor][0], query)
+            key = torch.where(image, lent[anchor][1], key)
+        borrows = plan.mode == "global" and anchor != layer
+        found = lent[anchor] if borrows else weights(query, key, visible, scaling, softcap)
+        if anchor == layer:
+            lent[layer] = found if plan.mode == "global" else (query, key)
+        return weighed(found, value)
+
+    return attending(model, attend)
+
+
+def wide(x, batch, columns, value=False):
+    """x [P, ..., N] for `batch` rows, of which P / batch came from each prompt, and so many columns."""
+    return nn.functional.pad(x, (0, columns), value=value)[..., :columns].repeat_interleave(batch // len(x), 0)
 
 
 def stock_or_skip(run):
@@ -213,7 +247,7 @@ class Heard:
         return x * cos + torch.cat([-second, first], -1) * sin
 
 
-def weights(query, key, heads, real):
+def attention_received(query, key, heads, real):
     total = 0
     for q, k in zip(query.unflatten(1, (heads, -1)).unbind(1), key.unflatten(1, (heads, -1)).unbind(1), strict=True):
         total = total + ((q @ k.T) / math.sqrt(q.shape[1])).masked_fill(~real, -torch.inf).softmax(-1)
@@ -244,7 +278,7 @@ def encoded(model, inputs, method):
     features = heard.features if sizes is None else heard.features.split([size // 4 for size in sizes])
     for i, (query, key) in enumerate(pairs):
         real = torch.ones(len(key), dtype=torch.bool) if heard.mask is None else heard.mask[i, 0, 0]
-        attention = weights(query, key, heard.heads if apart else 1, real)
+        attention = attention_received(query, key, heard.heads if apart else 1, real)
         received = attention[0, 1:] if cls else attention[real].mean(0)
         compared = (key.unflatten(1, (heard.heads, -1)).mean(1) if apart else key)[1 if cls else 0 :]
         members = patches_of(model, len(compared), len(features[i]))
@@ -430,6 +464,8 @@ def kit():
         decode=decode,
         compressed=compressed,
         masked=masked,
+        sharing=sharing,
+        wide=wide,
         stock_or_skip=stock_or_skip,
         conversation=conversation,
         words=words,

@@ -1,7 +1,6 @@
 """Lazy layers against a model that keeps every key and mixes queries, keys or probabilities by hand."""
 
 import copy
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,66 +9,13 @@ from mmkv_hf.kinds import layer_kinds
 from mmkv_hf.lazy import Lending
 from mmkv_hf.lazy_cache import LazyCache, pack, spread
 from mmkv_layershare import LazyPlan
-from mmkv_testkit.families import FAMILIES, IMAGE_TOKEN_ID, build
+from mmkv_testkit.families import IMAGE_TOKEN_ID, PLAIN, build
 from torch.nn.functional import pad as widen
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.masking_utils import sdpa_mask
+from transformers import DynamicCache
 
-NAME = "mmkv_lazy_reference"
-OTHERS = {"gemma3", "gemma4", "mllama", "qwen3_5"}  # layers that slide, borrow keys, see images alone, or recur
-FULL = [family for family in FAMILIES if family not in OTHERS]
 F64 = torch.float64
 EXACT = 1e-9
 MATTERS = 1e-2
-_STATE: dict = {}
-
-
-def reference_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, softcap=None, **kwargs):
-    """Eager attention in float64 over full caches; lazy layers take probabilities (global) or q and k (visual)."""
-    plan, layer = _STATE["plan"], module.layer_idx
-    group = query.shape[1] // key.shape[1]
-    rows, columns = query.shape[2], key.shape[2]
-    if attention_mask is None:
-        attention_mask = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)[None, None]
-    anchor = plan.anchor(layer)
-    if plan.mode == "visual" and anchor != layer:
-        vision = widen(_STATE["vision"], (0, columns - _STATE["vision"].shape[1]))
-        vision = vision.repeat_interleave(len(query) // len(vision), 0)
-        other_query, other_key = _STATE["lent"][anchor]
-        query, key = query.clone(), key.clone()
-        for row in range(len(query)):
-            for column in vision[row].nonzero()[:, 0].tolist():
-                key[row, :, column] = other_key[row, :, column]
-                if column >= columns - rows:
-                    query[row, :, column - columns + rows] = other_query[row, :, column - columns + rows]
-    if plan.mode == "global" and anchor != layer:
-        weights = _STATE["lent"][anchor]
-    else:
-        logits = query.double() @ key.double().repeat_interleave(group, 1).transpose(-1, -2) * scaling
-        weights = logits.masked_fill(~attention_mask, -torch.inf).softmax(-1).nan_to_num(0)
-    if anchor == layer:
-        _STATE["lent"][layer] = weights if plan.mode == "global" else (query, key)
-    out = weights @ value.double().repeat_interleave(group, 1)
-    return out.transpose(1, 2).to(query.dtype).contiguous(), None
-
-
-AttentionInterface.register(NAME, reference_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
-@contextmanager
-def by_hand(model, plan, inputs):
-    """The model with the reference's attention."""
-    text = model.config.get_text_config(decoder=True)
-    before = text._attn_implementation
-    ids = inputs["input_ids"]
-    _STATE.update(plan=plan, lent={}, vision=ids == model.config.image_token_id)
-    key = next((k for k in model.config.sub_configs if getattr(model.config, k, None) is text), "")
-    model.set_attn_implementation({key: NAME})
-    try:
-        yield
-    finally:
-        model.set_attn_implementation({key: before})
 
 
 def plan_of(model, mode, blocks=((0, 1), (2, 3))):
@@ -83,14 +29,14 @@ def both(kit, model, inputs, plan, tokens=6, **settings):
     """What the session decodes, and what the reference does with the same tokens."""
     with share(model, plan) as session:
         found = kit.decode(model, inputs, tokens, **settings)
-    with by_hand(model, plan, inputs):
+    with kit.sharing(model, plan, inputs):
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         wanted = kit.decode(model, inputs, found.tokens, past_key_values=cache)
     return found, wanted, session.last
 
 
 @MODES
-@pytest.mark.parametrize("family", FULL)
+@pytest.mark.parametrize("family", PLAIN)
 def test_lazy_layers_equal_the_reference(kit, family, mode):
     tiny = kit.vlm(family, dtype=F64)
     found, wanted, _ = both(kit, tiny.model, tiny.inputs, plan_of(tiny.model, mode))
@@ -171,7 +117,7 @@ def test_generate_modes_give_the_reference_s_tokens(kit, mode, settings):
     with share(model, plan) as session:
         found = generated()
         assert isinstance(session.last, LazyCache)
-    with by_hand(model, plan, tiny.inputs):
+    with kit.sharing(model, plan, tiny.inputs):
         assert generated() == found
 
 
@@ -233,13 +179,13 @@ def passes(model, cache, chunks):
     return torch.stack(logits, 1)
 
 
-def both_pass(model, plan, chunks):
+def both_pass(kit, model, plan, chunks):
     """`passes` in a session and by hand, where each pass knows the vision tokens of all before it."""
     with share(model, plan) as session, torch.no_grad():
         cache = session.cache()
         found = passes(model, cache, [dict(chunk) for chunk in chunks])
     whole = {"input_ids": torch.cat([chunk["input_ids"] for chunk in chunks], 1)}
-    with by_hand(model, plan, whole), torch.no_grad():
+    with kit.sharing(model, plan, whole), torch.no_grad():
         wanted = passes(model, DynamicCache(config=model.config.get_text_config()), [dict(chunk) for chunk in chunks])
     return found, wanted, cache
 
@@ -270,7 +216,7 @@ def test_beams_of_rows_with_other_images(kit, apart, name, mode):
     with share(model, plan):
         found = model.generate(**inputs, **settings)
     assert apart
-    with by_hand(model, plan, inputs):
+    with kit.sharing(model, plan, inputs):
         assert torch.equal(model.generate(**inputs, **settings), found)
 
 
@@ -283,7 +229,7 @@ def test_another_image_in_a_later_turn(kit, apart, mode):
     turn = {"input_ids": second, "attention_mask": (second != 0).long(), "pixel_values": inputs["pixel_values"][:2]}
     step = [{"input_ids": kit.words(3, n, seed=n)} for n in (1, 2, 5)]
     chunks = [inputs, step[0], step[0], turn, step[0], step[1], step[2], step[0]]
-    found, wanted, cache = both_pass(model, plan_of(model, mode), chunks)
+    found, wanted, cache = both_pass(kit, model, plan_of(model, mode), chunks)
     assert kit.difference(found, wanted) < EXACT
     assert len(apart) == 6 * 4
     entries = (32 + 16 + 16 + 16) if mode == "visual" else inputs["attention_mask"].sum()
@@ -296,7 +242,7 @@ def test_an_image_between_steps_without_padding(kit, apart, mode):
     tiny = kit.vlm("llava", dtype=F64)
     step = {"input_ids": kit.words(1, 1)}
     chunks = [tiny.inputs, step, {name: x for name, x in tiny.inputs.items() if name != "attention_mask"}, step]
-    found, wanted, _ = both_pass(tiny.model, plan_of(tiny.model, mode), chunks)
+    found, wanted, _ = both_pass(kit, tiny.model, plan_of(tiny.model, mode), chunks)
     assert kit.difference(found, wanted) < EXACT
     assert len(apart) == 2 * 4
 
@@ -322,7 +268,7 @@ def test_layers_with_masks_of_their_own_are_not_confused(kit):
 def test_longer_passes_of_text_after_an_image(kit, apart, count, mode):
     model, inputs = mixed(kit, "llava")
     chunks = [inputs, {"input_ids": kit.words(3, count)}, {"input_ids": kit.words(3, 1)}]
-    found, wanted, _ = both_pass(model, plan_of(model, mode), chunks)
+    found, wanted, _ = both_pass(kit, model, plan_of(model, mode), chunks)
     assert kit.difference(found, wanted) < EXACT
     assert len(apart) == (8 if count <= 32 else 4)
 
@@ -332,7 +278,7 @@ def test_padded_text_after_an_image(kit, mode):
     model, inputs = mixed(kit, "llava")
     new = torch.tensor([[0, 0, 9, 10], [0, 9, 10, 11], [9, 10, 11, 12]])
     turn = {"input_ids": new, "attention_mask": (new != 0).long()}
-    found, wanted, _ = both_pass(model, plan_of(model, mode), [inputs, turn, {"input_ids": kit.words(3, 1)}])
+    found, wanted, _ = both_pass(kit, model, plan_of(model, mode), [inputs, turn, {"input_ids": kit.words(3, 1)}])
     assert kit.difference(found, wanted) < EXACT
 
 
@@ -342,9 +288,9 @@ def test_what_a_later_mask_hides_is_hidden(kit, apart, mode):
     model, inputs = mixed(kit, "llava")
     steps = [{"input_ids": kit.words(3, n)} for n in (1, 3)]
     hiding = steps[0] | {"hides": [(0, 20), (0, 4), (1, -3), (1, 22), (2, -1)]}
-    found, wanted, _ = both_pass(model, plan_of(model, mode), [inputs, hiding, steps[1]])
+    found, wanted, _ = both_pass(kit, model, plan_of(model, mode), [inputs, hiding, steps[1]])
     assert kit.difference(found, wanted) < EXACT
-    seen, _, _ = both_pass(model, plan_of(model, mode), [inputs, *steps])
+    seen, _, _ = both_pass(kit, model, plan_of(model, mode), [inputs, *steps])
     assert kit.difference(found, seen) > MATTERS
     assert len(apart) == 2 * 2 * 4
 
@@ -355,7 +301,7 @@ def test_what_a_mask_hides_at_first_is_not_stored(kit, mode):
     mask = inputs["attention_mask"].clone()
     mask[0, 20] = mask[1, -3] = 0
     step = {"input_ids": kit.words(3, 1)}
-    found, wanted, cache = both_pass(model, plan_of(model, mode), [inputs | {"attention_mask": mask}, step])
+    found, wanted, cache = both_pass(kit, model, plan_of(model, mode), [inputs | {"attention_mask": mask}, step])
     assert kit.difference(found, wanted) < EXACT
     with share(model, cache.plan), pytest.raises(ValueError, match="shows tokens that it hid"):
         model(**step, attention_mask=grown(inputs, 2), past_key_values=cache)
@@ -417,7 +363,7 @@ def test_rows_of_a_cache_can_be_cropped_repeated_and_chosen(kit, apart, mode):
         mask = widen(torch.cat([chunk["attention_mask"] for chunk in kept], 1), (0, 1), value=1)
         found = model(**step, attention_mask=mask, past_key_values=cache).logits[:, -1]
     assert len(apart) == 4
-    _, wanted, same = both_pass(model, plan, [*kept, step])
+    _, wanted, same = both_pass(kit, model, plan, [*kept, step])
     assert kit.difference(found, wanted[:, -1]) < EXACT
     assert cache.layers[1].tail_keys.shape == same.layers[1].tail_keys.shape
 
@@ -433,7 +379,7 @@ def test_global_mode_forgets_part_of_the_prompt(kit):
         mask = widen(inputs["attention_mask"][:, : width - 4], (0, 1), value=1)
         found = model(**step, attention_mask=mask, past_key_values=cache).logits[:, -1]
     shorter = {name: x[:, : width - 4] if name != "pixel_values" else x for name, x in inputs.items()}
-    _, wanted, _ = both_pass(model, plan, [shorter, step])
+    _, wanted, _ = both_pass(kit, model, plan, [shorter, step])
     assert kit.difference(found, wanted[:, -1]) < EXACT
 
 

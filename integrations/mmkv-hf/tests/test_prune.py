@@ -1,7 +1,6 @@
 """Pruned layers against a dense model that forbids the dropped columns from that layer on."""
 
 import copy
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -10,18 +9,14 @@ from mmkv_hf import prune, share
 from mmkv_hf.survivors import Held, numbering
 from mmkv_layershare import LazyPlan
 from mmkv_prune import ADSC, FastV, PyramidDrop, RandomDrop, SparseVLM, UniformDrop
-from mmkv_testkit.families import FAMILIES, pad, unpadded
+from mmkv_testkit.families import PLAIN, pad, unpadded
+from mmkv_testkit.oracle import attending, dense_attention, visible_to
 from torch.nn.attention.flex_attention import create_block_mask
-from torch.nn.functional import pad as widen
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.masking_utils import sdpa_mask
+from transformers import DynamicCache
 
 F64 = torch.float64
 EXACT = 1e-9
 MATTERS = 1e-2
-NAME = "mmkv_prune_reference"
-OTHERS = {"gemma3", "gemma4", "mllama", "qwen3_5"}  # layers that slide, borrow keys, see images alone, or recur
-FULL = [family for family in FAMILIES if family not in OTHERS]
 METHODS = [
     ADSC(layers=(1, 3), stride=2),
     FastV(layer=2, keep=0.5),
@@ -30,43 +25,19 @@ METHODS = [
     UniformDrop(layers=(2,), keep=(0.5,)),
     RandomDrop(layers=(1, 2), keep=(0.5, 0.25)),
 ]
-_SEEN: dict = {}
 
 
-def reference_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, softcap=None, **kwargs):
-    """Eager attention in float64 over full caches; a layer's dropped prompt columns are forbidden."""
-    group, rows, columns = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
-    if attention_mask is None:
-        attention_mask = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)[None, None]
-    alive = _SEEN.get(module.layer_idx)
-    if alive is not None:
-        alive = alive.repeat_interleave(len(query) // len(alive), 0)
-        attention_mask = attention_mask & widen(alive, (0, columns - alive.shape[1]), value=True)[:, None, None]
-    logits = query.double() @ key.double().repeat_interleave(group, 1).transpose(-1, -2) * scaling
-    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    weights = logits.masked_fill(~attention_mask, -torch.inf).softmax(-1).nan_to_num(0)
-    out = weights @ value.double().repeat_interleave(group, 1)
-    return out.transpose(1, 2).to(query.dtype).contiguous(), None
+def masked(kit, model, alive):
+    """A context: layers may see of the prompt only `alive` [layer] [B, N]."""
 
+    def attend(layer, query, key, value, mask, scaling, softcap):
+        columns = key.shape[2]
+        visible = visible_to(torch.arange(columns - query.shape[2], columns), columns, mask)
+        if layer in alive:
+            visible = visible & kit.wide(alive[layer], len(query), columns, value=True)[:, None, None]
+        return dense_attention(query, key, value, visible, scaling, softcap)
 
-AttentionInterface.register(NAME, reference_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
-@contextmanager
-def masked(model, alive):
-    """The model whose layers may see of the prompt only `alive` [layer] [B, N]."""
-    text = model.config.get_text_config(decoder=True)
-    key = next((k for k in model.config.sub_configs if getattr(model.config, k, None) is text), "")
-    before = text._attn_implementation
-    _SEEN.clear()
-    _SEEN.update(alive)
-    model.set_attn_implementation({key: NAME})
-    try:
-        yield
-    finally:
-        model.set_attn_implementation({key: before})
-        _SEEN.clear()
+    return attending(model, attend)
 
 
 def alive_of(session):
@@ -81,12 +52,12 @@ def both(kit, model, inputs, method, tokens=5, **settings):
     with prune(model, method) as session:
         found = kit.decode(model, inputs, tokens, **settings)
         alive = alive_of(session)
-    with masked(model, alive):
+    with masked(kit, model, alive):
         wanted = kit.decode(model, inputs, found.tokens, past_key_values=DynamicCache())  # no layer slides in it
     return found, wanted, alive
 
 
-@pytest.mark.parametrize("family", FULL)
+@pytest.mark.parametrize("family", PLAIN)
 def test_a_pruned_model_equals_the_masked_one(kit, family):
     tiny = kit.vlm(family, dtype=F64)
     found, wanted, alive = both(kit, tiny.model, tiny.inputs, ADSC(layers=(1, 3), stride=2))
@@ -109,7 +80,7 @@ def test_methods_equal_the_masked_model_in_padded_batches(kit, family, method):
         assert not (dropped & ~vision).any()
 
 
-@pytest.mark.parametrize("family", FULL)
+@pytest.mark.parametrize("family", PLAIN)
 def test_looking_ahead_works_without_a_mask(kit, family):
     """Whose attention layers need to be told that there is none."""
     tiny = kit.vlm(family, dtype=F64)
@@ -151,7 +122,7 @@ def test_layers_that_slide_hold_the_last_that_came_so_far(kit, family, settings)
     for index, layer in enumerate(cache.layers):
         came = cache.get_seq_length() - (0 if index not in first else int((~first[index][0]).sum()))
         assert layer.keys.shape[2] == (min(came, 23) if layer.is_sliding else came)
-    with masked(model, first):
+    with masked(kit, model, first):
         stock = DynamicCache()
         kit.decode(model, inputs, found.tokens, past_key_values=stock)
         wanted = kit.decode(model, turn, second.tokens, past_key_values=stock)
@@ -344,7 +315,7 @@ def test_generate_modes_give_the_masked_model_s_tokens(kit, family, settings):
     with prune(model, METHODS[0]) as session:
         found = kit.stock_or_skip(generated)
         alive = {layer: x[:1] for layer, x in alive_of(session).items()}
-    with masked(model, alive):
+    with masked(kit, model, alive):
         assert generated(past_key_values=DynamicCache()) == found
 
 
@@ -396,7 +367,7 @@ def test_a_second_turn_goes_on(kit):
         alive = alive_of(session)
         turn = kit.conversation(tiny.inputs, first.tokens, kit.words(1, 5))
         second = kit.decode(tiny.model, turn, 3, past_key_values=cache)
-    with masked(tiny.model, alive):
+    with masked(kit, tiny.model, alive):
         stock = DynamicCache(config=tiny.text_config)
         kit.decode(tiny.model, tiny.inputs, first.tokens, past_key_values=stock)
         wanted = kit.decode(tiny.model, turn, second.tokens, past_key_values=stock)

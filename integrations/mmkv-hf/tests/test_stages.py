@@ -1,27 +1,22 @@
 """Pruning, lazy layers and eviction together, against a dense model that forbids what each of them took away."""
 
 import copy
-from contextlib import contextmanager
 
 import pytest
 import torch
-from mmkv_hf import Budget, Stages, compress, prune, set_attention
+from mmkv_hf import Budget, Stages, compress, prune
 from mmkv_hf.follower import FollowerLayer
 from mmkv_hf.kinds import layer_kinds
 from mmkv_layershare import LazyPlan
 from mmkv_pipelines import Pipeline
 from mmkv_prune import ADSC, FastV, PyramidDrop, RandomDrop, SparseVLM
-from mmkv_testkit.families import FAMILIES, pad
-from mmkv_testkit.oracle import MaskedDense, Round
-from torch.nn.functional import pad as widen
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.masking_utils import sdpa_mask
+from mmkv_testkit.families import PLAIN, pad
+from mmkv_testkit.oracle import MaskedDense, Round, attending, dense_attention, visible_to
+from transformers import DynamicCache
 
 F64 = torch.float64
 EXACT = 1e-9
 MATTERS = 1e-2
-OTHERS = {"gemma3", "gemma4", "mllama", "qwen3_5"}
-FULL = [family for family in FAMILIES if family not in OTHERS]
 METHODS = [
     ADSC(layers=(1, 3), stride=2),
     FastV(layer=2, keep=0.5),
@@ -60,7 +55,7 @@ def check_against_masks(kit, model, inputs, found, cache, alive):
 
 
 @pytest.mark.parametrize("is_padded", [False, True], ids=["one row", "left-padded"])
-@pytest.mark.parametrize("family", FULL)
+@pytest.mark.parametrize("family", PLAIN)
 def test_pruned_and_evicted_equals_both_masks(kit, family, is_padded):
     if is_padded:
         model, inputs = kit.padded(family, dtype=F64)
@@ -112,9 +107,7 @@ def test_survivors_numbered_anew_are_evicted(kit):
     with prune(model, method), compress(model, kit.PIPELINE, kit.BUDGET) as session:
         found = kit.decode(model, inputs, 5)
     keep = session.last.kept_masks()
-    with prune(model, method) as pruning:
-        set_attention(model, PHYSICAL)
-        _STATE.update(keep=keep, held=pruning)
+    with prune(model, method) as pruning, physically(kit, model, keep, pruning):
         wanted = kit.decode(model, inputs, found.tokens)
     assert kit.difference(found.logits, wanted.logits) < EXACT
     assert kit.difference(found.logits, prune_alone(kit, model, inputs, method, found.tokens).logits) > MATTERS
@@ -202,79 +195,23 @@ def test_every_answer_token_from_what_is_left(kit):
 
 # -- lazy layers that keep what their anchors keep
 
-NAME = "mmkv_stages_reference"
 BLOCKS = ((0, 1), (2, 3))
 MODES = pytest.mark.parametrize("mode", ["visual", "global"])
-_STATE: dict = {}
 
 
-def reference_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, softcap=None, **kwargs):
-    """Eager attention in float64 over full caches. A block has its anchor's masks, and its probabilities (global) or
-    its queries and keys of vision tokens (visual)."""
-    plan, layer = _STATE["plan"], module.layer_idx
-    anchor, group = plan.anchor(layer), query.shape[1] // key.shape[1]
-    rows, columns = query.shape[2], key.shape[2]
-    if attention_mask is None:
-        attention_mask = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)[None, None]
-    late = torch.arange(columns - rows, columns)[:, None]
-    for round_ in _STATE["rounds"]:
-        if anchor in round_.keep:
-            kept = widen(round_.keep[anchor], (0, columns), value=True)[..., :columns]
-            kept = kept.repeat_interleave(group, 1).repeat_interleave(len(query) // len(kept), 0)[:, :, None]
-            attention_mask = attention_mask & (kept | (late < round_.from_query))
-    if plan.mode == "visual" and anchor != layer:
-        vision = widen(_STATE["vision"], (0, columns))[:, None, :columns, None].repeat_interleave(
-            len(query) // len(_STATE["vision"]), 0
-        )
-        query = torch.where(vision[:, :, columns - rows :], _STATE["lent"][anchor][0], query)
-        key = torch.where(vision, _STATE["lent"][anchor][1], key)
-    logits = query.double() @ key.double().repeat_interleave(group, 1).transpose(-1, -2) * scaling
-    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    weights = logits.masked_fill(~attention_mask, -torch.inf).softmax(-1).nan_to_num(0)
-    if plan.mode == "global" and anchor != layer:
-        weights = _STATE["lent"][anchor]
-    if anchor == layer:
-        _STATE["lent"][layer] = weights if plan.mode == "global" else (query, key)
-    out = weights @ value.double().repeat_interleave(group, 1)
-    return out.transpose(1, 2).to(query.dtype).contiguous(), None
+def physically(kit, model, keep, pruning):
+    """A context: while it decodes, a stock cache behind pruning, of whose physical columns `keep` [B, H, N] is seen."""
 
+    def attend(layer, query, key, value, mask, scaling, softcap):
+        columns, kept, held = key.shape[2], keep[layer], pruning.held.get(layer)
+        visible = visible_to(torch.arange(columns - query.shape[2], columns), columns, mask)
+        if query.shape[2] == 1:
+            if held is not None:
+                kept = kept.gather(2, held.columns[:, None].expand(-1, kept.shape[1], -1)) & held.real[:, None]
+            visible = visible & kit.wide(kept, len(query), columns, value=True)[:, :, None]
+        return dense_attention(query, key, value, visible, scaling, softcap)
 
-AttentionInterface.register(NAME, reference_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
-def physical_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, softcap=None, **kwargs):
-    """Eager attention in float64 over the columns a stock cache holds behind pruning, evicted ones forbidden."""
-    layer, group, rows, columns = module.layer_idx, query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
-    if attention_mask is None:
-        attention_mask = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)[None, None]
-    if rows == 1:
-        keep, held = _STATE["keep"][layer], _STATE["held"].held.get(layer)
-        if held is not None:
-            keep = keep.gather(2, held.columns[:, None].expand(-1, keep.shape[1], -1)) & held.real[:, None]
-        kept = widen(keep, (0, columns - keep.shape[2]), value=True)
-        attention_mask = attention_mask & kept.repeat_interleave(group, 1)[:, :, None]
-    logits = query.double() @ key.double().repeat_interleave(group, 1).transpose(-1, -2) * scaling
-    weights = logits.masked_fill(~attention_mask, -torch.inf).softmax(-1).nan_to_num(0)
-    return (weights @ value.double().repeat_interleave(group, 1)).transpose(1, 2).to(query.dtype).contiguous(), None
-
-
-PHYSICAL = "mmkv_physical_reference"
-AttentionInterface.register(PHYSICAL, physical_attention)
-AttentionMaskInterface.register(PHYSICAL, sdpa_mask)
-
-
-@contextmanager
-def by_hand(model, plan, inputs, rounds):
-    text = model.config.get_text_config(decoder=True)
-    before, key = text._attn_implementation, ""
-    key = next((k for k in model.config.sub_configs if getattr(model.config, k, None) is text), "")
-    _STATE.update(plan=plan, lent={}, rounds=rounds, vision=inputs["input_ids"] == model.config.image_token_id)
-    model.set_attn_implementation({key: NAME})
-    try:
-        yield
-    finally:
-        model.set_attn_implementation({key: before})
+    return attending(model, attend)
 
 
 def stages_of(model, mode, pipeline, method=None, blocks=BLOCKS):
@@ -288,7 +225,7 @@ def shared_and_compressed(kit, model, inputs, stages, tokens, budget, **settings
         found = kit.decode(model, inputs, tokens, **settings)
         held = {} if stages.prune is None else alive_of(session._pruning, session.last.layers[0].keys.shape[1])
     keep, end = session.last.kept_masks(), inputs["input_ids"].shape[1]
-    with by_hand(model, stages.share, inputs, [Round(held, 0), Round(keep, end)]):
+    with kit.sharing(model, stages.share, inputs, [Round(held, 0), Round(keep, end)]):
         wanted = kit.decode(model, inputs, found.tokens)
     return found, wanted, session.last
 
@@ -304,7 +241,7 @@ def test_layers_that_slide_between_those_that_evict(kit, family, left):
         found = kit.decode(model, inputs, 12)
     alive = alive_of(pruning, tiny.text_config.num_key_value_heads)
     rounds = [Round(alive, 0), Round(session.last.kept_masks(), inputs["input_ids"].shape[1])]
-    with by_hand(model, LazyPlan(len(layer_kinds(model))), inputs, rounds):
+    with kit.sharing(model, LazyPlan(len(layer_kinds(model))), inputs, rounds):
         wanted = kit.decode(model, inputs, found.tokens, past_key_values=DynamicCache())
     assert kit.difference(found.logits, wanted.logits) < EXACT
     assert kit.difference(found.logits, prune_alone(kit, model, inputs, METHODS[0], found.tokens).logits) > MATTERS
@@ -312,7 +249,7 @@ def test_layers_that_slide_between_those_that_evict(kit, family, left):
 
 @MODES
 @pytest.mark.parametrize("is_padded", [False, True], ids=["one row", "left-padded"])
-@pytest.mark.parametrize("family", FULL)
+@pytest.mark.parametrize("family", PLAIN)
 def test_lazy_layers_keep_what_their_anchor_keeps(kit, family, is_padded, mode):
     if is_padded:
         model, inputs = kit.padded(family, dtype=F64)
@@ -383,7 +320,7 @@ def test_generate_modes_with_lazy_layers(kit, settings, mode):
     with compress(model, stages, kit.BUDGET) as session:
         found = generated()
         keep = {i: x[:1] for i, x in session.last.kept_masks().items()}
-    with by_hand(model, stages.share, inputs, [Round(keep, inputs["input_ids"].shape[1])]):
+    with kit.sharing(model, stages.share, inputs, [Round(keep, inputs["input_ids"].shape[1])]):
         assert generated() == found
 
 
@@ -401,7 +338,7 @@ def test_a_second_turn_with_lazy_layers(kit, budget, mode):
         second = kit.decode(model, turn, 3, past_key_values=cache)
         after = cache.kept_masks()
     ends = [inputs["input_ids"].shape[1], turn["input_ids"].shape[1]]
-    with by_hand(model, stages.share, inputs | turn, [Round(before, ends[0]), Round(after, ends[1])]):
+    with kit.sharing(model, stages.share, inputs | turn, [Round(before, ends[0]), Round(after, ends[1])]):
         wanted = kit.decode(model, inputs | turn, second.tokens)
     assert kit.difference(second.logits, wanted.logits) < EXACT
 
@@ -456,7 +393,7 @@ def test_every_answer_token_with_lazy_layers(kit):
             keep, ids = cache.kept_masks(), inputs["input_ids"]
             cache.crop(-1)
             again = model(input_ids=ids[:, -1:], attention_mask=inputs["attention_mask"], past_key_values=cache)
-        with by_hand(model, stages.share, inputs, [Round(keep, ids.shape[1] - 1)]), torch.no_grad():
+        with kit.sharing(model, stages.share, inputs, [Round(keep, ids.shape[1] - 1)]), torch.no_grad():
             wanted = model(**inputs)
         assert kit.difference(again.logits[:, -1], wanted.logits[:, -1]) < EXACT
 

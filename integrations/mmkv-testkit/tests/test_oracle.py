@@ -4,7 +4,7 @@ from mmkv_testkit._compat import cross_layers, evictable_layers, shared_from, te
 from mmkv_testkit.decode import greedy
 from mmkv_testkit.families import NAMES, build, pad
 from mmkv_testkit.memory import live_bytes
-from mmkv_testkit.oracle import MaskedDense, Round, random_keep
+from mmkv_testkit.oracle import NAME, MaskedDense, Round, random_keep
 from transformers import DynamicCache
 
 NEW = 6
@@ -222,7 +222,7 @@ def test_setting_is_restored_even_after_an_error():
     vlm = build("paligemma2")
     assert text_attention(vlm.model) == "eager"
     with MaskedDense(vlm.model, {}):
-        assert text_attention(vlm.model) == "mmkv_masked"
+        assert text_attention(vlm.model) == NAME
     with pytest.raises(ValueError, match="no input"), MaskedDense(vlm.model, {}):
         raise ValueError("no input")
     assert text_attention(vlm.model) == "eager"
@@ -237,7 +237,7 @@ def test_two_models_at_once_and_not_one_twice():
         assert torch.equal(
             greedy(two.model, two.inputs, NEW).tokens, greedy(build("llava").model, two.inputs, NEW).tokens
         )
-        with pytest.raises(RuntimeError, match="another MaskedDense"):
+        with pytest.raises(RuntimeError, match="another function's already"):
             MaskedDense(one.model, {}).__enter__()
     assert torch.equal(change(one, keep), expected)
 
@@ -265,6 +265,6 @@ def test_refuses_what_it_cannot_mask():
 
 def test_outside_of_the_context_the_name_is_refused():
     vlm = build("llama")
-    vlm.model.set_attn_implementation("mmkv_masked")
+    vlm.model.set_attn_implementation(NAME)
     with pytest.raises(RuntimeError, match="only inside"):
         greedy(vlm.model, vlm.inputs, 1)

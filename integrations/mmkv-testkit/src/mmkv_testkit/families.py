@@ -17,10 +17,12 @@ from torch import Tensor
 from mmkv_testkit._models import FAMILY, IMAGE, TEXT, VIDEO, VISION_END, VISION_START, Family
 from mmkv_testkit.prompts import Inputs, pad, row, unpadded
 
-__all__ = ["FAMILIES", "IMAGE_TOKEN_ID", "NAMES", "TinyVLM", "build", "pad", "row", "unpadded"]
+__all__ = ["FAMILIES", "IMAGE_TOKEN_ID", "NAMES", "PLAIN", "TinyVLM", "build", "pad", "row", "unpadded"]
 
 FAMILIES: tuple[str, ...] = tuple(name for name in FAMILY if name not in ("paligemma2", "llama"))
 """The 17 families of vision-language models."""
+PLAIN = tuple(name for name in FAMILIES if name not in ("gemma3", "gemma4", "mllama", "qwen3_5"))
+"""Those without layers that slide, borrow keys, see images alone or recur."""
 NAMES: tuple[str, ...] = tuple(FAMILY)
 """Everything `build` knows: `FAMILIES`, `paligemma2` (gemma2 text, capped attention logits) and text-only `llama`."""
 IMAGE_TOKEN_ID = IMAGE

@@ -5,7 +5,8 @@ Nothing is removed here and nothing is fast. What a compressed cache computes mu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -23,12 +24,25 @@ from mmkv_testkit._compat import (
     text_attention,
 )
 
-__all__ = ["NAME", "MaskedDense", "Round", "random_keep"]
+__all__ = [
+    "NAME",
+    "Attend",
+    "MaskedDense",
+    "Round",
+    "attending",
+    "dense_attention",
+    "random_keep",
+    "visible_to",
+    "weighed",
+    "weights",
+]
 
-NAME = "mmkv_masked"
-_ACTIVE: dict[int, MaskedDense] = {}
+NAME = "mmkv_by_hand"
 
 Keep = Mapping[int, Tensor]
+Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor | None, float, float | None], Tensor]
+"""`attend(layer, query, key, value, mask, scaling, softcap)` -> [B, Hq, q, Dv]; see `weights` for the shapes."""
+_ACTIVE: dict[int, Attend] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +89,26 @@ class MaskedDense:
             self._check(round_.keep)
 
     def __enter__(self) -> MaskedDense:
-        if id(self.text) in _ACTIVE:
-            raise RuntimeError("this model is inside another MaskedDense")
-        self._before = text_attention(self.model)
-        set_text_attention(self.model, NAME)
-        _ACTIVE[id(self.text)] = self
+        self._context = attending(self.model, self._attend)
+        self._context.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        del _ACTIVE[id(self.text)]
-        set_text_attention(self.model, self._before)
+        self._context.__exit__(kind, error, trace)
+
+    def _attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+    ) -> Tensor:
+        return dense_attention(query, key, value, self.visible(layer, query, key, mask), scaling, softcap)
 
     def _check(self, keep: Keep) -> None:
         allowed, heads = evictable_layers(self.text), self.text.num_key_value_heads
@@ -104,7 +126,7 @@ class MaskedDense:
         if layer not in self._cross:  # cross layers hold image columns: their queries stand where the last layer's did
             self._end = columns
         rows = torch.arange(self._end - queries, self._end, device=query.device)
-        visible = _as_bool(mask, rows, columns, layer in self._cross)
+        visible = visible_to(rows, columns, mask, everything=layer in self._cross)
         for round_ in self.rounds:
             kept = round_.keep.get(self._shared_from.get(layer, layer))
             late = rows >= round_.from_query
@@ -131,28 +153,72 @@ def random_keep(
     return {i: protected | (valid & (torch.rand(shape, generator=generator) < share)) for i in layers}
 
 
+@contextmanager
+def attending(model: Any, attend: Attend) -> Iterator[None]:
+    """A context in which the layers of the language model attend by a function of yours.
+
+    Raises:
+        RuntimeError: the model is inside another one.
+    """
+    text = model.config.get_text_config(decoder=True)
+    if id(text) in _ACTIVE:
+        raise RuntimeError("the attention of this model is another function's already")
+    before = text_attention(model)
+    set_text_attention(model, NAME)
+    _ACTIVE[id(text)] = attend
+    try:
+        yield
+    finally:
+        del _ACTIVE[id(text)]
+        set_text_attention(model, before)
+
+
 def dense_attention(
     query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float, cap: float | None
 ) -> Tensor:
-    """Attention [B, Hq, q, D] in float32 (float64 for float64); a query that sees nothing yields zeros.
+    """Attention [B, Hq, q, Dv]; see `weights`."""
+    return weighed(weights(query, key, visible, scaling, cap), value).to(query.dtype)
+
+
+def weights(query: Tensor, key: Tensor, visible: Tensor, scaling: float, cap: float | None) -> Tensor:
+    """Probabilities [B, Hq, q, k] in float32 (float64 for float64); zeros for a query that sees nothing.
 
     Args:
         query: [B, Hq, q, D].
         key: [B, H, k, D].
-        value: [B, H, k, Dv].
         visible: bool, broadcastable to [B, H, q, k].
         scaling: Factor of the logits.
         cap: Logits are bent to (-cap, cap) before masking, or None.
     """
-    batch, heads = key.shape[:2]
     dtype = torch.promote_types(query.dtype, torch.float32)
-    grouped = query.to(dtype).reshape(batch, heads, -1, *query.shape[-2:])
+    grouped = query.to(dtype).reshape(*key.shape[:2], -1, *query.shape[-2:])
     logits = torch.einsum("bhgqd,bhkd->bhgqk", grouped, key.to(dtype)) * scaling
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
-    weights = logits.masked_fill(~visible[:, :, None], float("-inf")).softmax(-1).nan_to_num(0.0)
-    out = torch.einsum("bhgqk,bhkd->bhgqd", weights, value.to(dtype))
-    return out.reshape(*query.shape[:-1], value.shape[-1]).to(query.dtype)
+    return logits.masked_fill(~visible[:, :, None], float("-inf")).softmax(-1).nan_to_num(0.0).flatten(1, 2)
+
+
+def weighed(probabilities: Tensor, value: Tensor) -> Tensor:
+    """Sums [B, Hq, q, Dv] of values [B, H, k, Dv] in the dtype of the probabilities [B, Hq, q, k]."""
+    grouped = probabilities.reshape(*value.shape[:2], -1, *probabilities.shape[-2:])
+    return torch.einsum("bhgqk,bhkd->bhgqd", grouped, value.to(grouped.dtype)).flatten(1, 2)
+
+
+def visible_to(rows: Tensor, columns: int, mask: Tensor | None, *, everything: bool = False) -> Tensor:
+    """What the model itself lets queries at logical columns `rows` [q] see: bool [B or 1, 1, q, columns].
+
+    Args:
+        rows: Of the queries.
+        columns: How many there are.
+        mask: The model's, bool or added to logits; None: causal, or
+        everything: all columns.
+    """
+    if mask is None:
+        whole = torch.ones(len(rows), columns, dtype=torch.bool, device=rows.device)
+        causal = torch.arange(columns, device=rows.device) <= rows[:, None]
+        return (whole if everything else causal)[None, None]
+    mask = mask[..., :columns]
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def _attention(
@@ -166,16 +232,15 @@ def _attention(
     softcap: float | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    oracle = _ACTIVE.get(id(module.config))
-    if oracle is None:
-        raise RuntimeError(f"attention {NAME!r} works only inside `with MaskedDense(model, ...)`")
+    attend = _ACTIVE.get(id(module.config))
+    if attend is None:
+        raise RuntimeError(f"attention {NAME!r} works only inside `with attending(model, ...)`")
     unknown = [name for name in ("s_aux", "position_bias") if settings.get(name) is not None]
     if unknown or dropout:
-        raise NotImplementedError(f"MaskedDense knows no {unknown or 'dropout'}")
+        raise NotImplementedError(f"the reference knows no {unknown or 'dropout'}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    visible = oracle.visible(module.layer_idx, query, key, attention_mask)
-    out = dense_attention(query, key, value, visible, scaling, softcap)
-    return out.transpose(1, 2).contiguous(), None
+    out = attend(module.layer_idx, query, key, value, attention_mask, scaling, softcap)
+    return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
 register_attention(NAME, _attention)
@@ -190,16 +255,6 @@ def _as_rounds(keep: Keep | Sequence[Round], from_query: int | None, cross: Iter
     if from_query is None and keep and len(lengths) != 1:
         raise ValueError(f"from_query is needed: the layers' own columns are {sorted(lengths) or 'not given'}")
     return [Round(keep, min(lengths, default=0) if from_query is None else from_query)]
-
-
-def _as_bool(mask: Tensor | None, rows: Tensor, columns: int, cross: bool) -> Tensor:
-    """What the model lets queries at logical columns `rows` see: bool [B or 1, 1, q, columns]."""
-    if mask is None:
-        everything = torch.ones(len(rows), columns, dtype=torch.bool, device=rows.device)
-        causal = torch.arange(columns, device=rows.device) <= rows[:, None]
-        return (everything if cross else causal)[None, None]
-    mask = mask[..., :columns]
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def _fit(kept: Tensor, rows: int, columns: int) -> Tensor:
