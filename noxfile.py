@@ -22,6 +22,7 @@ MODULE = {name: name.replace("-", "_") for name in FOLDER}
 CONSTRAINTS = ROOT / "constraints.txt"
 NOT_HERE = ("triton", "lmms")  # extras for GPUs, and for an environment of its own
 PINS = dict(line.split("==") for line in CONSTRAINTS.read_text().splitlines() if "==" in line and line[0] != "#")
+TRITON = META[FOLDER["mmkv-kernels"]]["optional-dependencies"]["triton"]  # its interpreter and compilers need no GPU
 TORCH = f"torch=={PINS['torch']}"
 SUPPORTED = ("5.17.0", "5.20.0", PINS["transformers"])
 
@@ -68,7 +69,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """All tests of all packages."""
-    install(session, "pytest", "pytest-xdist", "hypothesis")
+    install(session, "pytest", "pytest-xdist", "hypothesis", *TRITON)
     run_tests(session, "-n", "2", "--dist", "loadfile")
 
 
@@ -92,7 +93,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def lowest(session: nox.Session) -> None:
     """All tests with the oldest versions allowed, but for torch, whose older builds bring gigabytes of CUDA."""
-    floors = [requirement.split(",")[0].replace(">=", "==") for requirement in third_party()]
+    floors = [requirement.split(",")[0].replace(">=", "==") for requirement in [*third_party(), *TRITON]]
     session.install(TORCH)
     session.install("pytest", "pytest-xdist", "hypothesis", *(f for f in floors if not f.startswith("torch==")))
     install_tree(session)

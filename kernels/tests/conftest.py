@@ -1,12 +1,17 @@
 """Shared by the tests of all operators: inputs, tolerances, and what a query row sees."""
 
+import importlib.util
 import math
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when kernels are defined
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -68,9 +73,44 @@ def close_lse(actual, expected, dtype):
     close(actual, expected, scale=1.0 if dtype == torch.float32 else 32.0)
 
 
+def runner(impl):
+    """`run(operator, ...)`: its results on CPU, in memory of their own, computed by `impl` on the device it is for.
+
+    Memory an operator allocates holds NaN, or the greatest integer, until it is written.
+    """
+    device = DEVICE if impl == "triton" else "cpu"
+
+    def there(value):
+        if isinstance(value, tuple):
+            return tuple(map(there, value))
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    def run(operator, *arguments, **options):
+        options = {name: there(value) for name, value in options.items()}
+        torch.use_deterministic_algorithms(True)
+        try:
+            result = operator(*map(there, arguments), impl=impl, **options)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        owns_its_bytes(*result)
+        return type(result)(*(tensor.cpu() for tensor in result))
+
+    return run
+
+
+def pytest_generate_tests(metafunc):
+    """A module that says IMPLS runs every test that takes a kit with each of them."""
+    if "impl" in metafunc.fixturenames:
+        metafunc.parametrize("impl", getattr(metafunc.module, "IMPLS", ["reference"]), scope="session")
+
+
 @pytest.fixture(scope="session")
-def kit():
+def kit(impl):
+    if impl == "triton" and importlib.util.find_spec("triton") is None:
+        pytest.skip("needs triton: pip install 'mmkv-kernels[triton]'")
     return SimpleNamespace(
+        impl=impl,
+        run=runner(impl),
         randn=randn,
         sees=sees,
         probabilities=probabilities,

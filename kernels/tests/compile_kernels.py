@@ -1,0 +1,125 @@
+"""Compiles every Triton kernel for GPUs that need not be here, and says what it takes of them.
+
+    python compile_kernels.py [page.md]
+
+Operators are called on CPU tensors with a driver that compiles for one target after the other and launches nothing, so
+what is compiled is what they would launch. Prints JSON, one record per kernel; with a path, also writes a page.
+"""
+
+import importlib
+import itertools
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from types import SimpleNamespace
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+
+KIB = 1024
+TARGETS = {  # shared memory a block may use, as the vendors document it
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * KIB),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * KIB),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 * KIB),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * KIB),
+}
+SIZES, DTYPES = (64, 128), (torch.bfloat16, torch.float32)
+
+
+class Driver:
+    """A driver that has all targets as devices, and none to launch on."""
+
+    def __init__(self):
+        self.device = 0
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": list(TARGETS.values())[device][1]},
+            load_binary=lambda *binary: (0, 0, 0, 0, KIB),
+            unload_module=lambda module: None,
+        )
+
+    def get_current_device(self):
+        return self.device
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return list(TARGETS.values())[self.device][0]
+
+    def launcher_cls(self, source, metadata):
+        return lambda *launch: None
+
+
+def call_statistics(size, dtype):
+    keys = torch.zeros(1, 2, 64, size, dtype=dtype)
+    operator("statistics")(keys, keys, torch.ones(1, 1, 64, dtype=torch.bool))
+
+
+CALLS = {"statistics": call_statistics}
+
+
+def operator(folder):
+    """The host function of an operator's Triton module."""
+    module = importlib.import_module(f"mmkv_kernels.{folder}.triton")
+    return next(value for name, value in vars(module).items() if name.endswith("_triton"))
+
+
+def kernels(folder, device):
+    """Kernels of an operator compiled for a device so far, by name."""
+    functions = vars(importlib.import_module(f"mmkv_kernels.{folder}.triton")).values()
+    for function in functions:
+        if isinstance(function, triton.JITFunction) and device in function.device_caches:
+            yield from function.device_caches[device][0].values()
+            function.device_caches.clear()
+
+
+def usage(kernel):
+    """Registers of a thread, bytes it spills, and bytes of shared memory of a block."""
+    if "amdgcn" in kernel.asm:
+        count = {name: int(n) for name, n in re.findall(r"\.(\w+_count):\s+(\d+)", kernel.asm["amdgcn"])}
+        spilled = 4 * (count["vgpr_spill_count"] + count["sgpr_spill_count"])
+        return {"registers": count["vgpr_count"], "spilled": spilled, "shared": kernel.metadata.shared}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    count = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    spilled = count["STACK"] + count["LOCAL"]  # where registers are spilled to
+    return {"registers": count["REG"], "spilled": spilled, "shared": kernel.metadata.shared}
+
+
+def compile_all():
+    """One record for every kernel, target, head size and dtype."""
+    driver = Driver()
+    triton.runtime.driver.set_active(driver)
+    cases = itertools.product(enumerate(TARGETS), CALLS.items(), SIZES, DTYPES)
+    for (driver.device, target), (folder, call), size, dtype in cases:
+        call(size, dtype)
+        for kernel in kernels(folder, driver.device):
+            case = {"kernel": kernel.metadata.name, "target": target, "head_size": size, "dtype": str(dtype)[6:]}
+            yield {**case, "warps": kernel.metadata.num_warps, **usage(kernel)}
+
+
+def page(records):
+    """The records as a Markdown page."""
+    columns = list(records[0])
+    rows = [columns, ["---"] * len(columns), *(record.values() for record in records)]
+    return (
+        "# What the Triton kernels take of a GPU\n\n"
+        f"Compiled by `kernels/tests/compile_kernels.py` with triton {triton.__version__}, without a GPU; speed is not "
+        "measured here.\nRegisters per thread; spilled: bytes per thread; shared: bytes per block.\n\n"
+        + "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)
+    )
+
+
+if __name__ == "__main__":
+    records = list(compile_all())
+    print(json.dumps(records))
+    if sys.argv[1:]:
+        pathlib.Path(sys.argv[1]).write_text(page(records))
