@@ -60,7 +60,27 @@ def call_statistics(size, dtype):
     operator("statistics")(keys, keys, torch.ones(1, 1, 64, dtype=torch.bool))
 
 
-CALLS = {"statistics": call_statistics}
+def call_gather(size, dtype):
+    tail, kept = torch.zeros(1, 2, 64, size, dtype=dtype), torch.zeros(64, size, dtype=dtype)
+    cu_seqlens = torch.tensor([0, 32, 64])
+    operator("gather")(tail, tail, torch.zeros(64, dtype=torch.int64), cu_seqlens, None)
+    operator("gather")(tail, tail, torch.zeros(64, dtype=torch.int64), cu_seqlens, (kept, kept, cu_seqlens))
+
+
+def call_window(size, dtype):
+    queries, keys = torch.zeros(1, 14, 32, size, dtype=dtype), torch.zeros(1, 2, 64, size, dtype=dtype)
+    operator("window")(queries, keys, 0.1, torch.ones(1, 1, 64, dtype=torch.bool), None, None, "mean")
+
+
+def call_ragged(size, dtype):
+    tail, kept = torch.zeros(1, 2, 8, size, dtype=dtype), torch.zeros(64, size, dtype=dtype)
+    for rows in (1, 8):
+        queries = torch.zeros(1, 14, rows, size, dtype=dtype)
+        parts = kept, kept, torch.tensor([0, 32, 64]), None, SimpleNamespace(keys=tail, values=tail, mask=None)
+        operator("ragged")(queries, *parts, 0.1, None, True)
+
+
+CALLS = {"statistics": call_statistics, "gather": call_gather, "window": call_window, "ragged": call_ragged}
 
 
 def operator(folder):
@@ -82,7 +102,7 @@ def usage(kernel):
     """Registers of a thread, bytes it spills, and bytes of shared memory of a block."""
     if "amdgcn" in kernel.asm:
         count = {name: int(n) for name, n in re.findall(r"\.(\w+_count):\s+(\d+)", kernel.asm["amdgcn"])}
-        spilled = 4 * (count["vgpr_spill_count"] + count["sgpr_spill_count"])
+        spilled = 4 * count["vgpr_spill_count"]  # scalar registers are spilled to vector registers, not to memory
         return {"registers": count["vgpr_count"], "spilled": spilled, "shared": kernel.metadata.shared}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])

@@ -10,7 +10,17 @@ import sys
 import pytest
 
 SCRIPT = pathlib.Path(__file__).with_name("compile_kernels.py")
-KERNELS = {"key_statistics_sum_kernel", "key_statistics_mean_kernel", "key_statistics_cosine_kernel"}
+KERNELS = {
+    "key_statistics_sum_kernel",
+    "key_statistics_mean_kernel",
+    "key_statistics_cosine_kernel",
+    "gather_kv_kernel",
+    "window_attention_partial_kernel",
+    "window_attention_rows_kernel",
+    "window_attention_sum_kernel",
+    "ragged_attention_part_kernel",
+    "ragged_attention_merge_kernel",
+}
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmkv_kernels import gather_kv
 
+IMPLS = ["reference", "triton"]
+
 
 def offsets(lengths):
     return torch.tensor([0, *lengths]).cumsum(0)
@@ -29,7 +31,7 @@ def check(kit, keys, values, columns, lengths, prefix=None, prefix_lengths=None)
                 cu = prefix[2].tolist()
                 entries = list(prefix[source][cu[segment] : cu[segment + 1]]) + entries
             out.extend(entries[j] for j in columns[start:stop].tolist())
-    result = gather_kv(keys, values, columns, offsets(lengths), prefix=prefix)
+    result = kit.run(gather_kv, keys, values, columns, offsets(lengths), prefix=prefix)
     kit.owns_its_bytes(*result)
     for actual, wanted, source in zip(result, expected, (keys, values), strict=True):
         assert actual.dtype == source.dtype
@@ -67,11 +69,11 @@ def test_prefix(kit, tail, dtype):
 def test_gathering_twice_is_gathering_once(kit):
     keys, values = kit.randn(1, 2, 30, 8), kit.randn(1, 2, 30, 8, seed=1)
     first = ragged_columns([20, 10], [30, 30])
-    once = gather_kv(keys, values, first, offsets([20, 10]))
+    once = kit.run(gather_kv, keys, values, first, offsets([20, 10]))
     picks = torch.tensor([0, 7, 19, 2, 9])
     prefix = (*once, offsets([20, 10]))
-    twice = gather_kv(keys[:, :, :0], values[:, :, :0], picks, offsets([3, 2]), prefix=prefix)
-    wanted = gather_kv(keys, values, first[torch.tensor([0, 7, 19, 22, 29])], offsets([3, 2]))
+    twice = kit.run(gather_kv, keys[:, :, :0], values[:, :, :0], picks, offsets([3, 2]), prefix=prefix)
+    wanted = kit.run(gather_kv, keys, values, first[torch.tensor([0, 7, 19, 22, 29])], offsets([3, 2]))
     assert all(torch.equal(x, y) for x, y in zip(twice, wanted, strict=True))
 
 

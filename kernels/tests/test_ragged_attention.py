@@ -4,6 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmkv_kernels import dense_attention, ragged_attention
 
+IMPLS = ["reference", "triton"]
+
 
 def make(kit, lengths, batch, query_heads, heads, rows, tail, d=8, dv=8, dtype=torch.float32, seed=0):
     """Arguments of ragged_attention."""
@@ -37,7 +39,7 @@ def check(kit, arguments, scaling=0.3, prefix_mask=None, tail_mask=None, causal=
                         seen.append(held + j)
                 out[b, q, i], lse[b, q, i] = kit.attention(queries[b, q, i], keys, values, seen, scaling, softcap)
     options = {"prefix_mask": prefix_mask, "tail_mask": tail_mask, "causal": causal, "softcap": softcap}
-    result = ragged_attention(*arguments, scaling=scaling, **options)
+    result = kit.run(ragged_attention, *arguments, scaling=scaling, **options)
     assert result.out.dtype == queries.dtype
     assert result.lse.dtype == torch.float32
     kit.close(result.out, out, queries.dtype, scale=2)
@@ -55,7 +57,7 @@ def test_head_sizes_and_dtypes(kit, dtype, rows, sizes):
 @pytest.mark.parametrize("tail", [0, 1, 3, 5, 64])
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("lengths", [[3, 0, 1000, 12], [4, 4, 4, 4]])
+@pytest.mark.parametrize("lengths", [[3, 0, 600, 12], [4, 4, 4, 4]])
 @pytest.mark.parametrize("query_heads", [2, 4])
 def test_tails(kit, tail, rows, causal, lengths, query_heads):
     check(kit, make(kit, lengths, 2, query_heads, 2, rows, tail), causal=causal)
@@ -95,14 +97,14 @@ def test_heads_that_hold_nothing(kit, softcap, dtype):
     result = check(kit, make(kit, [0, 0, 0, 0], 2, 4, 2, 1, 0, dtype=dtype), softcap=softcap)
     assert torch.isneginf(result.lse).all()
     check(kit, make(kit, [0, 0, 0, 0], 2, 4, 2, 3, 3, dtype=dtype), softcap=softcap)
-    assert ragged_attention(*make(kit, [], 0, 4, 2, 1, 3), scaling=1.0).out.shape == (0, 4, 1, 8)
+    assert kit.run(ragged_attention, *make(kit, [], 0, 4, 2, 1, 3), scaling=1.0).out.shape == (0, 4, 1, 8)
 
 
 @pytest.mark.parametrize("rows", [1, 5])
 def test_full_prefix_is_dense_attention(kit, rows):
     q, pk, pv, cu, tk, tv = make(kit, [20] * 6, 2, 6, 3, rows, 9, 64, 64)
     keys, values = (torch.cat((p.view(2, 3, 20, 64), t), 2) for p, t in ((pk, tk), (pv, tv)))
-    ragged = ragged_attention(q, pk, pv, cu, tk, tv, scaling=0.125)
+    ragged = kit.run(ragged_attention, q, pk, pv, cu, tk, tv, scaling=0.125)
     dense = dense_attention(q, keys, values, scaling=0.125, causal=True)
     kit.close(ragged.out, dense.out)
     kit.close(ragged.lse, dense.lse)
@@ -118,11 +120,11 @@ def test_row_alone_is_the_row_in_the_batch(kit, dtype, rows, softcap):
     """Within 1e-6, not bitwise: torch's vector and remainder loops round exp differently."""
     lengths = [63, 5, 200, 0, 17, 400]
     q, pk, pv, cu, tk, tv = make(kit, lengths, 3, 4, 2, rows, 6, 64, 64, dtype)
-    batch = ragged_attention(q, pk, pv, cu, tk, tv, scaling=0.125, softcap=softcap)
+    batch = kit.run(ragged_attention, q, pk, pv, cu, tk, tv, scaling=0.125, softcap=softcap)
     for b in range(3):
         row, part = slice(b, b + 1), slice(int(cu[2 * b]), int(cu[2 * b + 2]))
         tensors = q[row], pk[part], pv[part], cu[2 * b : 2 * b + 3] - cu[2 * b], tk[row], tv[row]
-        alone = ragged_attention(*(x.clone() for x in tensors), scaling=0.125, softcap=softcap)
+        alone = kit.run(ragged_attention, *(x.clone() for x in tensors), scaling=0.125, softcap=softcap)
         rounding = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
         torch.testing.assert_close(alone.out, batch.out[row], rtol=rounding, atol=1e-6)
         torch.testing.assert_close(alone.lse, batch.lse[row], rtol=1e-6, atol=1e-6)
@@ -133,7 +135,7 @@ def test_strided_inputs_and_gradients(kit):
     wide = kit.randn(14, 32, seed=7)
     tail = kit.randn(1, 3, 2, 8, seed=8).transpose(1, 2)
     check(kit, (q.transpose(1, 2).contiguous().transpose(1, 2), wide[:, ::4], wide[:, :8], cu, tail, tail))
-    assert not ragged_attention(q.requires_grad_(), pk, pv, cu, tk, tv, scaling=1.0).out.requires_grad
+    assert not kit.run(ragged_attention, q.requires_grad_(), pk, pv, cu, tk, tv, scaling=1.0).out.requires_grad
 
 
 @settings(deadline=None, max_examples=25)

@@ -4,6 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmkv_kernels import window_attention
 
+IMPLS = ["reference", "triton"]
+
 
 def oracle(kit, queries, keys, scaling, valid=None, mask=None, softcap=None, group="mean"):
     """Float64, one query row at a time."""
@@ -33,7 +35,7 @@ def oracle(kit, queries, keys, scaling, valid=None, mask=None, softcap=None, gro
 
 def check(kit, queries, keys, scaling=None, **options):
     scaling = keys.shape[-1] ** -0.5 if scaling is None else scaling
-    result = window_attention(queries, keys, scaling=scaling, **options)
+    result = kit.run(window_attention, queries, keys, scaling=scaling, **options)
     for actual, expected in zip(result, oracle(kit, queries, keys, scaling, **options), strict=True):
         assert actual.dtype == torch.float32
         kit.close(actual, expected)
@@ -60,7 +62,8 @@ def test_query_head_groups(kit, group_size, group):
 def test_softcap(kit):
     capped = check(kit, kit.randn(1, 2, 4, 16), kit.randn(1, 2, 30, 16, seed=1), scaling=2.0, softcap=3.0)
     assert not torch.allclose(
-        capped.mean, window_attention(kit.randn(1, 2, 4, 16), kit.randn(1, 2, 30, 16, seed=1), scaling=2.0).mean
+        capped.mean,
+        kit.run(window_attention, kit.randn(1, 2, 4, 16), kit.randn(1, 2, 30, 16, seed=1), scaling=2.0).mean,
     )
 
 
@@ -70,7 +73,7 @@ def test_maximum_is_taken_over_means_of_rows(kit):
     queries[:, 1] = queries[:, 1].flip(-2)
     mask = torch.ones(1, 1, 2, 2, dtype=torch.bool)
     torch.testing.assert_close(
-        window_attention(queries, keys, scaling=1.0, mask=mask, group="max").mean, torch.full((1, 1, 2), 0.5)
+        kit.run(window_attention, queries, keys, scaling=1.0, mask=mask, group="max").mean, torch.full((1, 1, 2), 0.5)
     )
 
 
@@ -101,7 +104,7 @@ def test_padding_equals_the_row_alone(kit, left, group):
         keys[b, :, part[b]], queries[b, :, part[b]] = kit.randn(2, n, 8, seed=b), kit.randn(4, n, 8, seed=b + 9)
         valid[b, :, part[b]] = True
     window = queries[:, :, -rows:]
-    batch = window_attention(window, keys, scaling=0.3, valid=valid, group=group)
+    batch = kit.run(window_attention, window, keys, scaling=0.3, valid=valid, group=group)
     for b, n in enumerate(lengths):
         in_window = [w for w in range(rows) if valid[b, 0, longest - rows + w]]
         expected = torch.zeros(2, 2, n)
@@ -109,7 +112,8 @@ def test_padding_equals_the_row_alone(kit, left, group):
             mask = torch.ones(n, n, dtype=torch.bool).tril()[
                 [longest - rows + w - (longest - n if left else 0) for w in in_window]
             ]
-            alone = window_attention(
+            alone = kit.run(
+                window_attention,
                 window[b : b + 1, :, in_window],
                 keys[b : b + 1, :, part[b]],
                 scaling=0.3,
@@ -126,17 +130,17 @@ def test_padding_equals_the_row_alone(kit, left, group):
 def test_row_alone_is_bitwise_the_row_in_the_batch(kit, dtype):
     queries, keys = kit.randn(3, 4, 8, 64, dtype=dtype), kit.randn(3, 2, 200, 64, dtype=dtype, seed=1)
     valid = kit.randn(3, 1, 200, seed=2) > -1
-    batch = window_attention(queries, keys, scaling=0.1, valid=valid)
+    batch = kit.run(window_attention, queries, keys, scaling=0.1, valid=valid)
     for b in range(3):
         row = slice(b, b + 1)
-        alone = window_attention(queries[row].clone(), keys[row].clone(), scaling=0.1, valid=valid[row])
+        alone = kit.run(window_attention, queries[row].clone(), keys[row].clone(), scaling=0.1, valid=valid[row])
         assert all(torch.equal(x, y[row]) for x, y in zip(alone, batch, strict=True))
 
 
 def test_no_rows_no_entries_and_more_rows_than_entries(kit):
-    for result in window_attention(kit.randn(1, 2, 0, 8), kit.randn(1, 2, 5, 8), scaling=1.0):
+    for result in kit.run(window_attention, kit.randn(1, 2, 0, 8), kit.randn(1, 2, 5, 8), scaling=1.0):
         assert torch.equal(result, torch.zeros(1, 2, 5))
-    for result in window_attention(kit.randn(1, 2, 3, 8), kit.randn(1, 2, 0, 8), scaling=1.0):
+    for result in kit.run(window_attention, kit.randn(1, 2, 3, 8), kit.randn(1, 2, 0, 8), scaling=1.0):
         assert result.shape == (1, 2, 0)
     check(kit, kit.randn(1, 2, 9, 8), kit.randn(1, 1, 4, 8, seed=1))
 
@@ -153,7 +157,7 @@ def test_huge_logits_and_strided_inputs(kit):
 def test_results_own_their_bytes_and_inputs_stay(kit):
     queries, keys = kit.randn(2, 4, 5, 8).requires_grad_(), kit.randn(2, 2, 30, 8, seed=1)
     before = queries.detach().clone(), keys.clone()
-    result = window_attention(queries, keys, scaling=1.0, softcap=4.0)
+    result = kit.run(window_attention, queries, keys, scaling=1.0, softcap=4.0)
     kit.owns_its_bytes(*result)
     assert not result.mean.requires_grad
     assert torch.equal(queries, before[0])

@@ -45,7 +45,7 @@ def _obstacle(tensor: Tensor, sizes: tuple[int, ...]) -> Exception | None:
     return None
 
 
-def operator(fake: Callable[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def operator(fake: Callable[..., R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Makes a function one node of the graphs of torch.compile, `torch.ops.mmkv_kernels.<its name>`.
 
     `fake` gives tensors of the shapes and dtypes of its results. Without torch.compile the function is called as it

@@ -33,6 +33,27 @@ def aligned(*caches: Tensor) -> int:
     return math.gcd(16, *(stride for cache in caches for stride in cache.stride()[:-1]))
 
 
+def precision(cache: Tensor) -> str:
+    """How `product` multiplies tiles of a cache.
+
+    Products of 16-bit values are exact whatever it says. For float32, three products of a shorter format on NVIDIA's
+    matrix units lose some 2 of 24 bits and are many times faster than none on them; AMD's take float32 as it is.
+    """
+    if triton.knobs.runtime.interpret:
+        return "wide"  # the interpreter would multiply the bits of bfloat16
+    if cache.dtype != torch.float32 or triton.runtime.driver.active.get_current_target().backend == "hip":
+        return "ieee"
+    return "tf32x3"
+
+
+@triton.jit
+def product(a: tl.tensor, b: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+    """Matrix product, summed in float32."""
+    if PRECISION == "wide":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
 @triton.jit
 def place(parts: tl.tensor, heads: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """Number of this program, and the segment, batch row and KV head it works for; a segment has `parts` programs."""
@@ -43,23 +64,50 @@ def place(parts: tl.tensor, heads: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.
 
 
 @triton.jit
+def find_work(
+    program: tl.tensor,
+    cu_seqlens: tl.tensor,
+    tail: tl.tensor,
+    heads: tl.tensor,
+    segments: tl.tensor,
+    SPLIT: tl.constexpr,
+    STEPS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Segment, batch row and KV head this program works for, and the first of its at most SPLIT entries there.
+
+    Segment s has `cu_seqlens[s + 1] - cu_seqlens[s] + tail` entries, cut at multiples of SPLIT, and its programs begin
+    with number `entries before it // SPLIT + s`. So there are always enough, at most one too many for each segment
+    (its first entry lies past the end), and nobody needs to know the lengths to launch them. STEPS is the bit length
+    of `segments`.
+    """
+    low, high = 0, segments
+    for _ in tl.static_range(STEPS):
+        middle = (low + high) // 2
+        beyond = first_program(cu_seqlens, middle + 1, tail, SPLIT) <= program
+        low, high = tl.where(beyond, middle + 1, low), tl.where(beyond, high, middle)
+    start = (program - first_program(cu_seqlens, low, tail, SPLIT)) * SPLIT
+    return low.to(tl.int64), (low // heads).to(tl.int64), (low % heads).to(tl.int64), start
+
+
+@triton.jit
+def first_program(cu_seqlens: tl.tensor, segment: tl.tensor, tail: tl.tensor, SPLIT: tl.constexpr) -> tl.tensor:
+    """Number of the first program that works for a segment, see `find_work`."""
+    return (tl.load(cu_seqlens + segment) + segment.to(tl.int64) * tail) // SPLIT + segment
+
+
+@triton.jit
 def load_rows(
     cache: tl.tensor,
-    head: tl.tensor,
-    rows: tl.tensor,
-    strides: tl.tuple,
+    starts: tl.tensor,
+    stride: tl.tensor,
     real: tl.tensor,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ALIGNED: tl.constexpr,
 ) -> tl.tensor:
-    """Tile [rows, BLOCK_D], as stored, of entries `rows` of a head; 0 where not `real`.
-
-    The head begins `head` elements into the cache, and `strides` are the cache's last two.
-    """
+    """Tile [rows, BLOCK_D], as stored, of the entries that start at places `starts` [rows]; 0 where not `real`."""
     dims = tl.arange(0, BLOCK_D)
-    starts = tl.multiple_of(head + rows * strides[0], ALIGNED)
-    places = starts[:, None] + dims.to(tl.int64)[None, :] * strides[1]
+    places = tl.multiple_of(starts, ALIGNED)[:, None] + dims.to(tl.int64)[None, :] * stride
     return tl.load(cache + places, mask=real[:, None] & (dims < D)[None, :], other=0.0)
 
 

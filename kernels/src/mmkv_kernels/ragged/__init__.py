@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._dispatch import Impl, operator, takes_triton
 from ..merge import AttentionOutput
 from .reference import Prefix, Tail, ragged_attention_reference
 
@@ -24,6 +25,7 @@ def ragged_attention(
     prefix_mask: Tensor | None = None,
     tail_mask: Tensor | None = None,
     causal: bool = True,
+    impl: Impl = "auto",
 ) -> AttentionOutput:
     """Attention of query heads over their KV head's part of a ragged prefix and a dense tail after it.
 
@@ -40,6 +42,7 @@ def ragged_attention(
             row and head); None: all.
         tail_mask: bool [B, 1 or H, t, n], what each query sees of the tail; takes the place of `causal`.
         causal: without a tail mask, the queries are the last t tail entries and see none after themselves.
+        impl: see the package.
 
     Returns:
         `out` [B, Hq, t, Dv] in the queries' dtype and `lse` float32 (float64 for float64) [B, Hq, t]; 0 and
@@ -66,8 +69,38 @@ def ragged_attention(
         prefix_values=prefix_values,
     )
     _checks.positive_softcap(softcap)
-    lengths = _checks.segment_lengths("cu_seqlens", cu_seqlens, dims["B"] * dims["H"], dims["P"])
+    tensors = queries, prefix_keys, prefix_values, cu_seqlens, tail_keys, tail_values, prefix_mask, tail_mask
+    return AttentionOutput(*_ragged_attention(*tensors, scaling, softcap, causal, impl))
+
+
+def _fake(queries: Tensor, prefix_keys: Tensor, prefix_values: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    out = queries.new_empty(*queries.shape[:3], prefix_values.shape[1])
+    return out, queries.new_empty(queries.shape[:3], dtype=_checks.wide(queries.dtype))
+
+
+@operator(_fake)
+def _ragged_attention(
+    queries: Tensor,
+    prefix_keys: Tensor,
+    prefix_values: Tensor,
+    cu_seqlens: Tensor,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    prefix_mask: Tensor | None,
+    tail_mask: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    causal: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    segments = tail_keys.shape[0] * tail_keys.shape[1]
+    lengths = _checks.segment_lengths("cu_seqlens", cu_seqlens, segments, prefix_keys.shape[0])
+    tail = Tail(tail_keys, tail_values, tail_mask)
+    if takes_triton(impl, queries, queries.shape[3], prefix_values.shape[1]):
+        from .triton import ragged_attention_triton
+
+        return ragged_attention_triton(
+            queries, prefix_keys, prefix_values, cu_seqlens, prefix_mask, tail, scaling, softcap, causal
+        )
     prefix = Prefix(prefix_keys, prefix_values, lengths, prefix_mask)
-    return ragged_attention_reference(
-        queries, prefix, Tail(tail_keys, tail_values, tail_mask), scaling, softcap, causal
-    )
+    return ragged_attention_reference(queries, prefix, tail, scaling, softcap, causal)

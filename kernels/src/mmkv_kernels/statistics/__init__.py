@@ -43,7 +43,7 @@ def key_statistics(keys: Tensor, values: Tensor, *, valid: Tensor | None = None,
 Fields = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _fake(keys: Tensor, values: Tensor, valid: Tensor | None, impl: str) -> Fields:
+def _fake(keys: Tensor, *others: object) -> Fields:
     key_norms, value_norms, cosines = (keys.new_empty(keys.shape[:3], dtype=torch.float32) for _ in range(3))
     mean_norm, redundancy = (keys.new_empty(keys.shape[:2], dtype=torch.float32) for _ in range(2))
     return key_norms, value_norms, cosines, mean_norm, redundancy

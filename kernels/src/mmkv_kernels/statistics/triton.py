@@ -53,11 +53,12 @@ def key_statistics_sum_kernel(
         rows = start + tl.arange(0, ROWS)
         real = real_rows(valid, rows, valid_strides[2], entries)
         places = segment * entries + rows
-        tile, norms = _normalised(keys, head, rows, key_strides, real, D, BLOCK_D, ALIGNED)
+        tile, norms = _normalised(keys, head + rows * key_strides[2], key_strides[3], real, D, BLOCK_D, ALIGNED)
         tl.store(key_norms + places, norms, mask=rows < entries)
         total += tile
         counted += real.to(tl.int32)
-        norms = _normalised(values, value_head, rows, value_strides, real, DV, BLOCK_DV, ALIGNED)[1]
+        starts = value_head + rows * value_strides[2]
+        norms = _normalised(values, starts, value_strides[3], real, DV, BLOCK_DV, ALIGNED)[1]
         tl.store(value_norms + places, norms, mask=rows < entries)
     dims = tl.arange(0, BLOCK_D)
     tl.store(sums + part * D + dims, tl.sum(total, 0), mask=dims < D)
@@ -84,7 +85,7 @@ def key_statistics_mean_kernel(
     counted = tl.zeros([SUMS], tl.int32)
     for start in range(0, chunks, SUMS):
         rows = start + tl.arange(0, SUMS).to(tl.int64)
-        total += load_rows(sums, segment * chunks * D, rows, (D, 1), rows < chunks, D, BLOCK_D, ALIGNED)
+        total += load_rows(sums, (segment * chunks + rows) * D, 1, rows < chunks, D, BLOCK_D, ALIGNED)
         counted += tl.load(counts + segment * chunks + rows, mask=rows < chunks, other=0)
     count = tl.sum(counted, 0)
     mean = tl.sum(total, 0) / tl.maximum(count, 1)
@@ -126,7 +127,7 @@ def key_statistics_cosine_kernel(
     for start in range(first, tl.minimum(first + CHUNK, entries), ROWS):
         rows = start + tl.arange(0, ROWS)
         real = real_rows(valid, rows, valid_strides[2], entries)
-        tile, norms = _normalised(keys, head, rows, key_strides, real, D, BLOCK_D, ALIGNED)
+        tile, norms = _normalised(keys, head + rows * key_strides[2], key_strides[3], real, D, BLOCK_D, ALIGNED)
         apart = tile - direction[None, :]
         cosine = tl.where(norms > 0, 1 - 0.5 * tl.sum(apart * apart, 1), 0.0)
         cosine = tl.where(length > 0, cosine, 0.0)  # apart: the interpreter spoils a scalar condition within `&`
@@ -136,16 +137,15 @@ def key_statistics_cosine_kernel(
 @triton.jit
 def _normalised(
     cache: tl.tensor,
-    head: tl.tensor,
-    rows: tl.tensor,
-    strides: tl.tuple,
+    starts: tl.tensor,
+    stride: tl.tensor,
     real: tl.tensor,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ALIGNED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Rows of a head as `load_rows` gives them, of length 1 (zero rows stay zero), and their norms."""
-    tile = load_rows(cache, head, rows, (strides[2], strides[3]), real, D, BLOCK_D, ALIGNED).to(tl.float32)
+    """Rows as `load_rows` gives them, but of length 1 (zero rows stay zero), and their norms."""
+    tile = load_rows(cache, starts, stride, real, D, BLOCK_D, ALIGNED).to(tl.float32)
     norms = tl.sqrt(tl.sum(tile * tile, 1))
     return tile * (1 / tl.where(norms > 0, norms, 1.0))[:, None], norms
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._dispatch import Impl, operator, takes_triton
 from .reference import WindowAttention, window_attention_reference
 
 __all__ = ["WindowAttention", "window_attention"]
@@ -21,6 +22,7 @@ def window_attention(
     mask: Tensor | None = None,
     softcap: float | None = None,
     group: Literal["mean", "max"] = "mean",
+    impl: Impl = "auto",
 ) -> WindowAttention:
     """Attention per KV head and entry: the mean over the query rows, and the last row's.
 
@@ -36,6 +38,7 @@ def window_attention(
             W entries, where a row that is itself no valid entry (or would lie before the first) counts as padding.
         softcap: logits become softcap * tanh(logits / softcap) before masking.
         group: how the G query heads of a KV head are joined, each one's mean over rows (or last row) taken before.
+        impl: see the package.
 
     Returns:
         `mean` and `last`, float32 [B, H, N] each.
@@ -54,4 +57,27 @@ def window_attention(
     _checks.positive_softcap(softcap)
     if group not in ("mean", "max"):
         raise ValueError(f"group must be 'mean' or 'max', got {group!r}")
+    return WindowAttention(*_window_attention(queries, keys, scaling, valid, mask, softcap, group, impl))
+
+
+def _fake(queries: Tensor, keys: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    mean, last = (keys.new_empty(keys.shape[:3], dtype=torch.float32) for _ in range(2))
+    return mean, last
+
+
+@operator(_fake)
+def _window_attention(
+    queries: Tensor,
+    keys: Tensor,
+    scaling: float,
+    valid: Tensor | None,
+    mask: Tensor | None,
+    softcap: float | None,
+    group: str,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    if takes_triton(impl, keys, keys.shape[3]):
+        from .triton import window_attention_triton
+
+        return window_attention_triton(queries, keys, scaling, valid, mask, softcap, group)
     return window_attention_reference(queries, keys, scaling, valid, mask, softcap, group)

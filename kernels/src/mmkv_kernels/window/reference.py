@@ -1,7 +1,7 @@
 """Window attention in plain torch, one KV head at a time: its logits fit the processor's caches, all heads' do not."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ def window_attention_reference(
     valid: Tensor | None,
     mask: Tensor | None,
     softcap: float | None,
-    group: Literal["mean", "max"],
+    group: str,
 ) -> WindowAttention:
     """See `window_attention`; arguments are taken as checked."""
     batch, heads, entries, _ = keys.shape
