@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import torch
 import triton
+from mmkv_kernels.ragged.reference import Tail
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
@@ -69,15 +70,19 @@ def call_gather(size, dtype):
 
 def call_window(size, dtype):
     queries, keys = torch.zeros(1, 14, 32, size, dtype=dtype), torch.zeros(1, 2, 64, size, dtype=dtype)
-    operator("window")(queries, keys, 0.1, torch.ones(1, 1, 64, dtype=torch.bool), None, None, "mean")
+    valid, mask = torch.ones(1, 1, 64, dtype=torch.bool), torch.ones(1, 1, 32, 64, dtype=torch.bool)
+    operator("window")(queries, keys, 0.1, valid, None, None, "mean")
+    operator("window")(queries, keys, 0.1, valid, mask, 30.0, "max")
 
 
 def call_ragged(size, dtype):
     tail, kept = torch.zeros(1, 2, 8, size, dtype=dtype), torch.zeros(64, size, dtype=dtype)
-    for rows in (1, 8):
+    for rows, softcap in ((1, None), (8, 30.0)):
         queries = torch.zeros(1, 14, rows, size, dtype=dtype)
-        parts = kept, kept, torch.tensor([0, 32, 64]), None, SimpleNamespace(keys=tail, values=tail, mask=None)
-        operator("ragged")(queries, *parts, 0.1, None, True)
+        prefix_mask = None if softcap is None else torch.ones(rows, 64, dtype=torch.bool)
+        tail_mask = None if softcap is None else torch.ones(1, 1, rows, 8, dtype=torch.bool)
+        parts = kept, kept, torch.tensor([0, 32, 64]), prefix_mask, Tail(tail, tail, tail_mask)
+        operator("ragged")(queries, *parts, 0.1, softcap, True)
 
 
 CALLS = {"statistics": call_statistics, "gather": call_gather, "window": call_window, "ragged": call_ragged}

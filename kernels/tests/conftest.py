@@ -73,12 +73,16 @@ def close_lse(actual, expected, dtype):
     close(actual, expected, scale=1.0 if dtype == torch.float32 else 32.0)
 
 
+def device_of(impl):
+    return DEVICE if impl == "triton" else "cpu"
+
+
 def runner(impl):
     """`run(operator, ...)`: its results on CPU, in memory of their own, computed by `impl` on the device it is for.
 
     Memory an operator allocates holds NaN, or the greatest integer, until it is written.
     """
-    device = DEVICE if impl == "triton" else "cpu"
+    device = device_of(impl)
 
     def there(value):
         if isinstance(value, tuple):
@@ -135,6 +139,7 @@ def kit(impl):
         patch_once()
     return SimpleNamespace(
         impl=impl,
+        device=device_of(impl),
         run=runner(impl),
         randn=randn,
         sees=sees,

@@ -80,7 +80,7 @@ def find_work(
     (its first entry lies past the end), and nobody needs to know the lengths to launch them. STEPS is the bit length
     of `segments`.
     """
-    low, high = 0, segments
+    low, high = program * 0, segments
     for _ in tl.static_range(STEPS):
         middle = (low + high) // 2
         beyond = first_program(cu_seqlens, middle + 1, tail, SPLIT) <= program

@@ -29,7 +29,7 @@ def gather_kv(
         cu_seqlens: int64 [B * H + 1], from 0 to T.
         prefix: ragged keys [P, D], values [P, Dv] and their offsets int64 [B * H + 1]. A head's entries are then its
             part of the prefix followed by its N dense ones.
-        impl: see the package.
+        impl: "auto", "reference" or "triton", see the package.
 
     Returns:
         `keys` [T, D] and `values` [T, Dv], contiguous, dtype of the input, in storage of their own.
@@ -42,14 +42,17 @@ def gather_kv(
     dims.bind("keys", keys, "B H N D")
     dims.bind("values", values, "B H N Dv")
     dims.bind("columns", columns, "T")
+    dims.beside("cu_seqlens", cu_seqlens)
     _checks.floats(keys=keys, values=values)
     if columns.dtype != torch.int64:
         raise TypeError(f"columns must be int64, got {columns.dtype}")
     if prefix is not None:
         dims.bind("prefix keys", prefix[0], "P D")
         dims.bind("prefix values", prefix[1], "P Dv")
+        dims.beside("prefix cu_seqlens", prefix[2])
         _checks.floats(keys=keys, prefix_keys=prefix[0], prefix_values=prefix[1])
-    return Gathered(*_gather_kv(keys, values, columns, cu_seqlens, *(prefix or (None, None, None)), impl))
+    prefix_keys, prefix_values, prefix_cu = prefix or (None, None, None)
+    return Gathered(*_gather_kv(keys, values, columns, cu_seqlens, prefix_keys, prefix_values, prefix_cu, impl))
 
 
 def _fake(keys: Tensor, values: Tensor, columns: Tensor, *others: object) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ def ragged_attention(
             row and head); None: all.
         tail_mask: bool [B, 1 or H, t, n], what each query sees of the tail; takes the place of `causal`.
         causal: without a tail mask, the queries are the last t tail entries and see none after themselves.
-        impl: see the package.
+        impl: "auto", "reference" or "triton", see the package.
 
     Returns:
         `out` [B, Hq, t, Dv] in the queries' dtype and `lse` float32 (float64 for float64) [B, Hq, t]; 0 and
@@ -58,6 +58,7 @@ def ragged_attention(
     dims.bind("tail_values", tail_values, "B H n Dv")
     dims.bind("prefix_keys", prefix_keys, "P D")
     dims.bind("prefix_values", prefix_values, "P Dv")
+    dims.beside("cu_seqlens", cu_seqlens)
     dims.flags("prefix_mask", prefix_mask, "t P")
     dims.flags("tail_mask", tail_mask, "B 1|H t n")
     dims.grouped()

@@ -71,8 +71,8 @@ def ragged_attention_part_kernel(
     r = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     real = r < GROUP * rows
     g, i = (r // rows).to(tl.int64), (r % rows).to(tl.int64)
-    starts = b * query_strides[0] + (h * GROUP + g) * query_strides[1] + i * query_strides[2]
-    block = load_rows(queries, starts, query_strides[3], real, D, BLOCK_D, ALIGNED)
+    origins = b * query_strides[0] + (h * GROUP + g) * query_strides[1] + i * query_strides[2]
+    block = load_rows(queries, origins, query_strides[3], real, D, BLOCK_D, ALIGNED)
     peak, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     out = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     end = tl.minimum(stop, held)
@@ -198,7 +198,7 @@ def ragged_attention_triton(
         return result
     group, block, value_block = query_heads // heads, block_size(size), block_size(value_size)
     block_n = min(128, TILE_BYTES // (max(block, value_block) * queries.element_size()))
-    block_m = min(64, block_n, block_size(group * rows))
+    block_m = min(64 // queries.element_size(), block_size(group * rows))  # more would spill
     blocks = triton.cdiv(group * rows, block_m)
     programs = (prefix_keys.shape[0] + segments * entries) // SPLIT + segments
     outs = out.new_empty(programs, group * rows, value_size, dtype=torch.float32)

@@ -23,7 +23,7 @@ def key_statistics(keys: Tensor, values: Tensor, *, valid: Tensor | None = None,
         keys: [B, H, N, D]; float32, bfloat16, float16 or float64.
         values: [B, H, N, Dv], same dtype.
         valid: bool [B, 1 or H, N], the real entries; None: all.
-        impl: see the package.
+        impl: "auto", "reference" or "triton", see the package.
 
     Returns:
         `key_norms`, `value_norms` and `cosines`, float32 [B, H, N]; `mean_norm` and `redundancy`, float32 [B, H].

@@ -38,7 +38,7 @@ def window_attention(
             W entries, where a row that is itself no valid entry (or would lie before the first) counts as padding.
         softcap: logits become softcap * tanh(logits / softcap) before masking.
         group: how the G query heads of a KV head are joined, each one's mean over rows (or last row) taken before.
-        impl: see the package.
+        impl: "auto", "reference" or "triton", see the package.
 
     Returns:
         `mean` and `last`, float32 [B, H, N] each.

@@ -1,0 +1,113 @@
+"""Which implementation runs, errors that say why not, and operators within torch.compile."""
+
+import functools
+import importlib.util
+
+import pytest
+import torch
+from mmkv_kernels import _checks, gather_kv, key_statistics, ragged_attention, window_attention
+
+OFFSETS = torch.tensor([0, 5, 9])
+
+
+def inputs(kit, size=16, dtype=torch.float32):
+    """Every operator with something to compute: (operator, tensors, options)."""
+    keys, values = kit.randn(1, 2, 9, size, dtype=dtype), kit.randn(1, 2, 9, size, dtype=dtype, seed=1)
+    queries = kit.randn(1, 4, 1, size, dtype=dtype, seed=2)
+    columns = torch.arange(9) % 5
+    return {
+        "key_statistics": (key_statistics, (keys, values), {}),
+        "window_attention": (window_attention, (queries, keys), {"scaling": 0.3}),
+        "gather_kv": (gather_kv, (keys, values, columns, OFFSETS), {}),
+        "ragged_attention": (
+            ragged_attention,
+            (queries, keys[0, 0], values[0, 0], OFFSETS, keys, values),
+            {"scaling": 0.3},
+        ),
+    }
+
+
+NAMES = ["key_statistics", "window_attention", "gather_kv", "ragged_attention"]
+
+
+def call(kit, name, impl, **changes):
+    operator, tensors, options = inputs(kit, **changes)[name]
+    return operator(*tensors, **options, impl=impl)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_auto_takes_the_reference_on_cpus(kit, name):
+    pairs = zip(call(kit, name, "auto"), call(kit, name, "reference"), strict=True)
+    assert all(torch.equal(auto, reference) for auto, reference in pairs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_triton_cannot_do_is_an_error(kit, name, monkeypatch):
+    with pytest.raises(ValueError, match="impl must be one of"):
+        call(kit, name, "cuda")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
+    with pytest.raises(ImportError, match=r"mmkv-kernels\[triton\]"):
+        call(kit, name, "triton")
+    monkeypatch.undo()
+    triton = pytest.importorskip("triton", reason="needs triton: pip install 'mmkv-kernels[triton]'")
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(ValueError, match="runs on GPUs"):
+        call(kit, name, "triton")
+    monkeypatch.undo()
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"got torch\.float64"):
+            call(kit, name, "triton", dtype=torch.float64)
+        with pytest.raises(ValueError, match="from 1 to 256"):
+            call(kit, name, "triton", size=257)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_operators_are_one_node_of_a_graph(kit, name):
+    operator, tensors, options = inputs(kit, dtype=torch.float64)[name]
+    compiled = torch.compile(functools.partial(operator, **options), fullgraph=True, backend="aot_eager", dynamic=True)
+    for got, wanted in zip(compiled(*tensors), operator(*tensors, **options), strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fakes_are_like_the_results(kit, name):
+    _, tensors, _ = inputs(kit)[name]
+    rest = {
+        "key_statistics": (None,),
+        "window_attention": (0.3, None, None, None, "mean"),
+        "gather_kv": (None, None, None),
+        "ragged_attention": (None, None, 0.3, None, True),
+    }[name]
+    torch.library.opcheck(getattr(torch.ops.mmkv_kernels, f"_{name}").default, (*tensors, *rest, "auto"))
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor as if on a GPU, which counts how often it is fetched."""
+
+    is_cpu = False
+    fetched = 0
+
+    def tolist(self):
+        Elsewhere.fetched += 1
+        return self.as_subclass(torch.Tensor).tolist()
+
+
+def test_offsets_on_gpus_are_fetched_once():
+    """Fetching waits for the GPU, which would cost every decoding step more than its attention."""
+    offsets = OFFSETS.clone().as_subclass(Elsewhere)
+    Elsewhere.fetched = 0
+    for _ in range(3):
+        assert _checks.segment_lengths("cu_seqlens", offsets, 2, 9) == [5, 4]
+    assert Elsewhere.fetched == 1
+    offsets[1] = 10
+    with pytest.raises(ValueError, match="rise from 0 to 9"):
+        _checks.segment_lengths("cu_seqlens", offsets, 2, 9)
+    assert Elsewhere.fetched == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tensors_on_two_devices_are_refused(kit, name):
+    operator, tensors, options = inputs(kit)[name]
+    elsewhere = (*tensors[:-1], tensors[-1].to("meta"))
+    with pytest.raises(ValueError, match="must be on the device of"):
+        operator(*elsewhere, **options)
