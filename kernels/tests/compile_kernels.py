@@ -3,7 +3,8 @@
     python compile_kernels.py [page.md]
 
 Operators are called on CPU tensors with a driver that compiles for one target after the other and launches nothing, so
-what is compiled is what they would launch. Prints JSON, one record per kernel; with a path, also writes a page.
+what is compiled is what they would launch. Prints JSON, one record per kernel; with a path, takes the smaller heads as
+well and writes a page.
 """
 
 import importlib
@@ -29,7 +30,7 @@ TARGETS = {  # shared memory a block may use, as the vendors document it
     "sm_100": (GPUTarget("cuda", 100, 32), 227 * KIB),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * KIB),
 }
-SIZES, DTYPES = (64, 128), (torch.bfloat16, torch.float32)
+DTYPES = torch.bfloat16, torch.float32
 
 
 class Driver:
@@ -119,11 +120,11 @@ def usage(kernel):
     return {"registers": count["REG"], "spilled": spilled, "shared": kernel.metadata.shared}
 
 
-def compile_all():
+def compile_all(sizes):
     """One record for every kernel, target, head size and dtype."""
     driver = Driver()
     triton.runtime.driver.set_active(driver)
-    cases = itertools.product(enumerate(TARGETS), CALLS.items(), SIZES, DTYPES)
+    cases = itertools.product(enumerate(TARGETS), CALLS.items(), sizes, DTYPES)
     for (driver.device, target), (folder, call), size, dtype in cases:
         call(size, dtype)
         for kernel in kernels(folder, driver.device):
@@ -144,7 +145,7 @@ def page(records):
 
 
 if __name__ == "__main__":
-    records = list(compile_all())
+    records = list(compile_all((64, 128) if sys.argv[1:] else (128,)))
     print(json.dumps(records))
     if sys.argv[1:]:
         pathlib.Path(sys.argv[1]).write_text(page(records))

@@ -197,7 +197,7 @@ def ragged_attention_triton(
     if not out.numel():
         return result
     group, block, value_block = query_heads // heads, block_size(size), block_size(value_size)
-    block_n = min(128, TILE_BYTES // (max(block, value_block) * queries.element_size()))
+    block_n = min(128 // queries.element_size(), TILE_BYTES // (max(block, value_block) * queries.element_size()))
     block_m = min(64 // queries.element_size(), block_size(group * rows))  # more would spill
     blocks = triton.cdiv(group * rows, block_m)
     programs = (prefix_keys.shape[0] + segments * entries) // SPLIT + segments

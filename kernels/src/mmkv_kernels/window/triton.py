@@ -17,10 +17,7 @@ from torch import Tensor
 from .._triton import OPTIONS, aligned, block_size, load_rows, on_device, place, precision, product, real_rows
 from .reference import WindowAttention
 
-TILE = {
-    2: 16384,
-    4: 4096,
-}  # elements of keys by bytes of one; what is multiplied three times takes three times the room
+TILE_BYTES = 32768  # of keys: with the queries that pass by, three programs fit the shared memory of a processor
 LAUNCH = {"num_warps": 8, "num_stages": 2, **OPTIONS}  # what of the logits a thread holds leaves room for the rest
 ROWS, TILES = 16, 64  # query rows and tiles of keys that are joined at a time
 
@@ -239,7 +236,7 @@ def window_attention_triton(
     if 0 in (batch, query_heads, rows, entries):
         return WindowAttention(*(keys.new_zeros(batch, heads, entries, dtype=torch.float32) for _ in range(2)))
     groups, block = query_heads // heads, block_size(size)
-    block_n = min(128, TILE[keys.element_size()] // block)
+    block_n = min(128, TILE_BYTES // (block * keys.element_size()))
     tiles = triton.cdiv(entries, block_n)
     block_m = min(64 // keys.element_size(), block_size(rows if group == "max" else rows * groups))
     per_head = triton.cdiv(rows, block_m) * block_m if group == "max" else rows
