@@ -11,7 +11,7 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when kernels are defined
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CASES = 8
+CASES = 5
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

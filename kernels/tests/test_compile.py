@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for every target, without spilling to speak of; no GPU is needed."""
+"""Every Triton kernel compiles for every target and spills no register; no GPU is needed."""
 
 import importlib.util
 import json
@@ -10,8 +10,6 @@ import sys
 import pytest
 
 SCRIPT = pathlib.Path(__file__).with_name("compile_kernels.py")
-# Window attention spills two to four registers of float32 on sm_80, and with mask, soft cap and maximum on gfx942.
-SPILLED = 16
 KERNELS = {
     "key_statistics_sum_kernel",
     "key_statistics_mean_kernel",
@@ -42,5 +40,4 @@ def test_kernels_compile_and_do_not_spill(records, target):
     found = [record for record in records if record["target"] == target]
     assert {record["kernel"] for record in found} == KERNELS
     assert {record["dtype"] for record in found} == {"bfloat16", "float32"}
-    assert not [record for record in found if record["spilled"] > SPILLED]
-    assert not [record for record in found if record["spilled"] and "window" not in record["kernel"]]
+    assert not [record for record in found if record["spilled"]]

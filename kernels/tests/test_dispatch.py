@@ -61,10 +61,11 @@ def test_what_triton_cannot_do_is_an_error(kit, name, monkeypatch):
             call(kit, name, "triton", size=257)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("name", NAMES)
-def test_operators_are_one_node_of_a_graph(kit, name):
+def test_operators_are_one_node_of_a_graph(kit, name, backend):
     operator, tensors, options = inputs(kit, dtype=torch.float64)[name]
-    compiled = torch.compile(functools.partial(operator, **options), fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(functools.partial(operator, **options), fullgraph=True, backend=backend, dynamic=True)
     for got, wanted in zip(compiled(*tensors), operator(*tensors, **options), strict=True):
         assert torch.equal(got, wanted)
 
@@ -79,6 +80,21 @@ def test_fakes_are_like_the_results(kit, name):
         "ragged_attention": (None, None, 0.3, None, True),
     }[name]
     torch.library.opcheck(getattr(torch.ops.mmkv_kernels, f"_{name}").default, (*tensors, *rest, "auto"))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_no_heads(implementation):
+    if implementation == "triton":
+        pytest.importorskip("triton", reason="needs triton: pip install 'mmkv-kernels[triton]'")
+    device = "cuda" if implementation == "triton" and torch.cuda.is_available() else "cpu"
+    keys, nothing = torch.zeros(2, 0, 5, 8, device=device), torch.zeros(0, 8, device=device)
+    none, offsets = (torch.zeros(n, dtype=torch.int64, device=device) for n in (0, 1))
+    assert key_statistics(keys, keys, impl=implementation).redundancy.shape == (2, 0)
+    assert gather_kv(keys, keys, none, offsets, impl=implementation).keys.shape == (0, 8)
+    with pytest.raises(ValueError, match="multiple of KV heads"):
+        window_attention(keys, keys, scaling=0.3, impl=implementation)
+    with pytest.raises(ValueError, match="multiple of KV heads"):
+        ragged_attention(keys, nothing, nothing, offsets, keys, keys, scaling=0.3, impl=implementation)
 
 
 class Elsewhere(torch.Tensor):

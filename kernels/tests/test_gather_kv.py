@@ -106,12 +106,13 @@ def test_any_shape(kit, batch, heads, tail, prefix_lengths, seed):
         ([[0, 1]], [0, 1, 2], ValueError, "columns must be"),
     ],
 )
-def test_wrong_offsets_and_columns(columns, cu, error, message):
+def test_wrong_offsets_and_columns(kit, columns, cu, error, message):
+    keys = torch.zeros(1, 2, 9, 4)
     with pytest.raises(error, match=message):
-        gather_kv(torch.zeros(1, 2, 9, 4), torch.zeros(1, 2, 9, 4), torch.tensor(columns), torch.tensor(cu))
+        kit.run(gather_kv, keys, keys, torch.tensor(columns), torch.tensor(cu))
 
 
-def test_wrong_types_and_prefixes():
+def test_wrong_types_and_prefixes(kit):
     keys, cu = torch.zeros(1, 2, 9, 4), torch.tensor([0, 1, 2])
     columns = torch.tensor([0, 1])
     with pytest.raises(TypeError, match="columns must be int64"):
@@ -125,7 +126,8 @@ def test_wrong_types_and_prefixes():
     with pytest.raises(ValueError, match="prefix cu_seqlens"):
         gather_kv(keys, keys, columns, cu, prefix=(torch.zeros(3, 4), torch.zeros(3, 4), cu))
     with pytest.raises(ValueError, match="outside the 10 entries"):  # a column that is in range for the other head only
-        gather_kv(
+        kit.run(
+            gather_kv,
             keys,
             keys,
             torch.tensor([10, 1]),

@@ -49,9 +49,15 @@ def test_against_brute_force(kit, entries, size, dtype):
     check(kit, keys, kit.randn(1, 3, entries, size + 8, dtype=dtype, seed=1))
 
 
+def test_more_chunks_than_are_joined_at_a_time(kit):
+    keys = kit.randn(1, 1, 9000, 8) + torch.linspace(0, 3, 9000)[:, None]
+    for got, wanted in zip(kit.run(key_statistics, keys, keys), key_statistics(keys, keys), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=2e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("heads", [1, 2])
 def test_random_validity_over_nan(kit, heads):
-    valid = kit.randn(3, heads, 40, seed=2) > 0
+    valid = (kit.randn(3, heads, 80, seed=2) > 0)[..., ::2]
     valid[1], valid[2, :, 1:] = False, False  # no entry, at most one
     keys, values = kit.randn(3, 2, 40, 8) + 1, kit.randn(3, 2, 40, 12, seed=1)
     hidden = ~valid[..., None].expand(-1, 2, -1, -1)

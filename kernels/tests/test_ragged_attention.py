@@ -69,6 +69,11 @@ def test_groups_and_softcap(kit, group_size, softcap):
     check(kit, make(kit, [4, 0, 9], 1, 3 * group_size, 3, 2, 4), scaling=1.5, softcap=softcap)
 
 
+def test_more_parts_and_rows_than_are_taken_at_a_time(kit):
+    check(kit, make(kit, [9000], 1, 1, 1, 1, 1), scaling=2.0)
+    check(kit, make(kit, [4, 30], 1, 14, 2, 5, 6))
+
+
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("heads", [1, 2])
 def test_masks(kit, rows, heads):

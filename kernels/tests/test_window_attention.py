@@ -48,6 +48,15 @@ def test_odd_lengths(kit, entries, group):
     check(kit, kit.randn(1, 4, 5, 16), kit.randn(1, 2, entries, 16, seed=1), group=group)
 
 
+def test_more_tiles_than_are_joined_at_a_time(kit):
+    check(kit, 3 * kit.randn(1, 1, 2, 8), kit.randn(1, 1, 9000, 8, seed=1))
+
+
+@pytest.mark.parametrize("group", ["mean", "max"])
+def test_more_rows_than_are_joined_at_a_time(kit, group):
+    check(kit, kit.randn(1, 2, 19, 8), kit.randn(1, 1, 30, 8, seed=1), group=group)
+
+
 @pytest.mark.parametrize("size", [16, 64, 72, 80, 96, 128])
 def test_head_sizes_and_dtypes(kit, size, dtype):
     check(kit, kit.randn(2, 2, 3, size, dtype=dtype), kit.randn(2, 1, 63, size, dtype=dtype, seed=1))
@@ -80,9 +89,9 @@ def test_maximum_is_taken_over_means_of_rows(kit):
 @pytest.mark.parametrize("mask_heads", [1, 2])
 @pytest.mark.parametrize("valid_heads", [None, 1, 2])
 def test_explicit_masks(kit, mask_heads, valid_heads):
-    mask = kit.randn(2, mask_heads, 4, 25, seed=2) > 0
+    mask = (kit.randn(2, mask_heads, 4, 50, seed=2) > 0)[..., ::2]
     mask[0, :, 1] = mask[1, :, 3] = False  # rows that see nothing; the second is the last row
-    valid = None if valid_heads is None else kit.randn(2, valid_heads, 25, seed=3) > -0.5
+    valid = None if valid_heads is None else (kit.randn(2, valid_heads, 50, seed=3) > -0.5)[..., ::2]
     check(kit, kit.randn(2, 4, 4, 8), kit.randn(2, 2, 25, 8, seed=1), mask=mask, valid=valid)
 
 
@@ -146,6 +155,7 @@ def test_no_rows_no_entries_and_more_rows_than_entries(kit):
 
 
 def test_huge_logits_and_strided_inputs(kit):
+    check(kit, kit.randn(1, 2, 4, 16)[..., ::2], kit.randn(1, 2, 9, 24, seed=1)[..., ::3])
     check(
         kit,
         40 * kit.randn(1, 9, 4, 8).transpose(1, 2),

@@ -64,6 +64,14 @@ def place(parts: tl.tensor, heads: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.
 
 
 @triton.jit
+def from_head(tensor: tl.tensor, strides: tl.tuple, b: tl.tensor, h: tl.tensor, ALIGNED: tl.constexpr = 1) -> tl.tensor:
+    """Pointer to the first entry of head h of batch row b, None for None; added once, it takes none in loops."""
+    if tensor is not None:
+        tensor += tl.multiple_of(b * strides[0] + h * strides[1], ALIGNED)
+    return tensor
+
+
+@triton.jit
 def find_work(
     program: tl.tensor,
     cu_seqlens: tl.tensor,
@@ -107,7 +115,8 @@ def load_rows(
 ) -> tl.tensor:
     """Tile [rows, BLOCK_D], as stored, of the entries that start at places `starts` [rows]; 0 where not `real`."""
     dims = tl.arange(0, BLOCK_D)
-    places = tl.multiple_of(starts, ALIGNED)[:, None] + dims.to(tl.int64)[None, :] * stride
+    # What is said of an argument is lost when its function is inlined: of this new value it stays.
+    places = tl.multiple_of(starts[:, None], (ALIGNED, ALIGNED)) + dims.to(tl.int64)[None, :] * stride
     return tl.load(cache + places, mask=real[:, None] & (dims < D)[None, :], other=0.0)
 
 

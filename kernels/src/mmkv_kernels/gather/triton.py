@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import OPTIONS, aligned, block_size, find_work, load_rows, on_device
+from .._triton import OPTIONS, aligned, block_size, find_work, from_head, load_rows, on_device
 from .reference import Gathered, gather_kv_reference
 
 TILE_BYTES = 8192  # of keys, and of values: four loads of each by every thread, all in flight at once
@@ -54,11 +54,11 @@ def gather_kv_kernel(
     tl.store(wrong + tl.zeros([ROWS], tl.int32), 1, mask=real & ~inside)
     real &= inside
     _copy(
-        keys, b * key_strides[0] + h * key_strides[1], key_strides,
+        from_head(keys, key_strides, b, h, ALIGNED), key_strides,
         prefix_keys, begin, prefix_key_strides, out_keys, places, rows, held, real, D, BLOCK_D, ALIGNED,
     )  # fmt: skip
     _copy(
-        values, b * value_strides[0] + h * value_strides[1], value_strides,
+        from_head(values, value_strides, b, h, ALIGNED), value_strides,
         prefix_values, begin, prefix_value_strides, out_values, places, rows, held, real, DV, BLOCK_DV, ALIGNED,
     )  # fmt: skip
 
@@ -66,7 +66,6 @@ def gather_kv_kernel(
 @triton.jit
 def _copy(
     tail: tl.tensor,
-    head: tl.tensor,
     strides: tl.tuple,
     prefix: tl.tensor,
     begin: tl.tensor,
@@ -81,7 +80,7 @@ def _copy(
     ALIGNED: tl.constexpr,
 ) -> None:
     """Copies entries `rows` of a head, `held` of them in the prefix from `begin` on, to `places` of `out`."""
-    tile = load_rows(tail, head + (rows - held) * strides[2], strides[3], real & (rows >= held), D, BLOCK_D, ALIGNED)
+    tile = load_rows(tail, (rows - held) * strides[2], strides[3], real & (rows >= held), D, BLOCK_D, ALIGNED)
     if prefix is not None:
         old = rows < held
         starts = (begin + rows) * prefix_strides[0]

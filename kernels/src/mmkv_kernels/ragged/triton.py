@@ -12,13 +12,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import OPTIONS, aligned, block_size, find_work, first_program, load_rows, on_device, precision, product
+from .._triton import (
+    OPTIONS,
+    aligned,
+    block_size,
+    find_work,
+    first_program,
+    from_head,
+    load_rows,
+    on_device,
+    precision,
+    product,
+)
 from ..merge.reference import AttentionOutput
 from .reference import Tail
 
-SPLIT = (
-    256  # entries of one program; parts of 7 query rows cost 6 % of the traffic, and 4096 entries of 8 heads fill a GPU
-)
+SPLIT = 256  # entries of a program: parts of 7 query rows cost 6 % of the traffic, 4096 entries of 8 heads fill a GPU
 TILE_BYTES = 16384  # of keys, and of values: two stages of both fit even AMD's 64 KB of shared memory
 PARTS = 32  # parts that are joined at a time
 
@@ -76,8 +85,11 @@ def ragged_attention_part_kernel(
     peak, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     out = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     end = tl.minimum(stop, held)
+    tail_keys = from_head(tail_keys, tail_key_strides, b, h, ALIGNED)
+    tail_values = from_head(tail_values, tail_value_strides, b, h, ALIGNED)
+    tail_mask = from_head(tail_mask, tail_mask_strides, b, h)
     for first in range(start, end, BLOCK_N):
-        n = first + tl.arange(0, BLOCK_N)
+        n = first + tl.arange(0, BLOCK_N).to(tl.int64)
         inside = n < end
         seen = real[:, None] & inside[None, :]
         if prefix_mask is not None:
@@ -89,19 +101,16 @@ def ragged_attention_part_kernel(
         values = load_rows(prefix_values, starts, prefix_value_strides[1], inside, DV, BLOCK_DV, ALIGNED)
         peak, total, out = _attend(block, keys, values, seen, factor, cap, peak, total, out, PRECISION)
     for first in range(tl.maximum(start, held), stop, BLOCK_N):
-        n = first - held + tl.arange(0, BLOCK_N)
+        n = first - held + tl.arange(0, BLOCK_N).to(tl.int64)
         inside = n < stop - held
         seen = real[:, None] & inside[None, :]
         if tail_mask is not None:
-            places = b * tail_mask_strides[0] + h * tail_mask_strides[1] + i[:, None] * tail_mask_strides[2]
-            places += n[None, :] * tail_mask_strides[3]
+            places = i[:, None] * tail_mask_strides[2] + n[None, :] * tail_mask_strides[3]
             seen &= tl.load(tail_mask + places, mask=seen, other=0).to(tl.int1)
         elif CAUSAL:
             seen &= n[None, :] <= (tail - rows + i)[:, None]
-        starts = b * tail_key_strides[0] + h * tail_key_strides[1] + n * tail_key_strides[2]
-        keys = load_rows(tail_keys, starts, tail_key_strides[3], inside, D, BLOCK_D, ALIGNED)
-        starts = b * tail_value_strides[0] + h * tail_value_strides[1] + n * tail_value_strides[2]
-        values = load_rows(tail_values, starts, tail_value_strides[3], inside, DV, BLOCK_DV, ALIGNED)
+        keys = load_rows(tail_keys, n * tail_key_strides[2], tail_key_strides[3], inside, D, BLOCK_D, ALIGNED)
+        values = load_rows(tail_values, n * tail_value_strides[2], tail_value_strides[3], inside, DV, BLOCK_DV, ALIGNED)
         peak, total, out = _attend(block, keys, values, seen, factor, cap, peak, total, out, PRECISION)
     some = tl.where(total == 0, 1.0, total)
     row = program.to(tl.int64) * GROUP * rows + r
@@ -159,7 +168,7 @@ def ragged_attention_merge_kernel(
     peak, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
     joined = tl.zeros([BLOCK_DV], tl.float32)
     for start in range(0, parts, PARTS):
-        part = start + tl.arange(0, PARTS)
+        part = start + tl.arange(0, PARTS).to(tl.int64)
         places = (first + part) * rows + r
         real = part < parts
         sums = tl.load(lses + places, mask=real, other=float("-inf"))

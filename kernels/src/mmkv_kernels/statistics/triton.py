@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import OPTIONS, TILE, aligned, block_size, load_rows, on_device, place, real_rows
+from .._triton import OPTIONS, TILE, aligned, block_size, from_head, load_rows, on_device, place, real_rows
 from .reference import KeyStatistics
 
 CHUNK = 256  # entries of one program: sums of chunks cost 1 % of the traffic, and 4096 entries of 8 heads fill a GPU
@@ -42,23 +42,20 @@ def key_statistics_sum_kernel(
 ) -> None:
     """Norms of one chunk of a head's entries, and the sum of its normalised keys."""
     part, segment, b, h = place(chunks, heads)
-    if valid is not None:
-        valid += b * valid_strides[0] + h * valid_strides[1]
-    head = b * key_strides[0] + h * key_strides[1]
-    value_head = b * value_strides[0] + h * value_strides[1]
+    valid = from_head(valid, valid_strides, b, h)
+    keys, values = from_head(keys, key_strides, b, h, ALIGNED), from_head(values, value_strides, b, h, ALIGNED)
     first = part % chunks * CHUNK
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     counted = tl.zeros([ROWS], tl.int32)
     for start in range(first, tl.minimum(first + CHUNK, entries), ROWS):
-        rows = start + tl.arange(0, ROWS)
+        rows = start + tl.arange(0, ROWS).to(tl.int64)
         real = real_rows(valid, rows, valid_strides[2], entries)
         places = segment * entries + rows
-        tile, norms = _normalised(keys, head + rows * key_strides[2], key_strides[3], real, D, BLOCK_D, ALIGNED)
+        tile, norms = _normalised(keys, rows * key_strides[2], key_strides[3], real, D, BLOCK_D, ALIGNED)
         tl.store(key_norms + places, norms, mask=rows < entries)
         total += tile
         counted += real.to(tl.int32)
-        starts = value_head + rows * value_strides[2]
-        norms = _normalised(values, starts, value_strides[3], real, DV, BLOCK_DV, ALIGNED)[1]
+        norms = _normalised(values, rows * value_strides[2], value_strides[3], real, DV, BLOCK_DV, ALIGNED)[1]
         tl.store(value_norms + places, norms, mask=rows < entries)
     dims = tl.arange(0, BLOCK_D)
     tl.store(sums + part * D + dims, tl.sum(total, 0), mask=dims < D)
@@ -117,17 +114,16 @@ def key_statistics_cosine_kernel(
 ) -> None:
     """Cosine of one chunk of a head's keys with their mean, from the distance as in the reference."""
     part, segment, b, h = place(chunks, heads)
-    if valid is not None:
-        valid += b * valid_strides[0] + h * valid_strides[1]
-    head = b * key_strides[0] + h * key_strides[1]
+    valid = from_head(valid, valid_strides, b, h)
+    keys = from_head(keys, key_strides, b, h, ALIGNED)
     dims = tl.arange(0, BLOCK_D)
     direction = tl.load(directions + segment * D + dims, mask=dims < D, other=0.0)
     length = tl.load(mean_norm + segment)
     first = part % chunks * CHUNK
     for start in range(first, tl.minimum(first + CHUNK, entries), ROWS):
-        rows = start + tl.arange(0, ROWS)
+        rows = start + tl.arange(0, ROWS).to(tl.int64)
         real = real_rows(valid, rows, valid_strides[2], entries)
-        tile, norms = _normalised(keys, head + rows * key_strides[2], key_strides[3], real, D, BLOCK_D, ALIGNED)
+        tile, norms = _normalised(keys, rows * key_strides[2], key_strides[3], real, D, BLOCK_D, ALIGNED)
         apart = tile - direction[None, :]
         cosine = tl.where(norms > 0, 1 - 0.5 * tl.sum(apart * apart, 1), 0.0)
         cosine = tl.where(length > 0, cosine, 0.0)  # apart: the interpreter spoils a scalar condition within `&`

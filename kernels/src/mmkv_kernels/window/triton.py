@@ -14,11 +14,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import OPTIONS, aligned, block_size, load_rows, on_device, place, precision, product, real_rows
+from .._triton import (
+    OPTIONS,
+    aligned,
+    block_size,
+    from_head,
+    load_rows,
+    on_device,
+    place,
+    precision,
+    product,
+    real_rows,
+)
 from .reference import WindowAttention
 
 TILE_BYTES = 32768  # of keys: with the queries that pass by, three programs fit the shared memory of a processor
-LAUNCH = {"num_warps": 8, "num_stages": 2, **OPTIONS}  # what of the logits a thread holds leaves room for the rest
+LAUNCH = {"num_warps": 8, **OPTIONS}  # what of the logits a thread holds leaves room for the rest
 ROWS, TILES = 16, 64  # query rows and tiles of keys that are joined at a time
 
 
@@ -52,16 +63,15 @@ def window_attention_partial_kernel(
     part, segment, b, h = place(tiles, heads)
     column = part % tiles
     columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    if valid is not None:
-        valid += b * valid_strides[0] + h * valid_strides[1]
-    if mask is not None:
-        mask += b * mask_strides[0] + h * mask_strides[1]
+    valid, mask = from_head(valid, valid_strides, b, h), from_head(mask, mask_strides, b, h)
     real = real_rows(valid, columns, valid_strides[2], entries)
-    starts = b * key_strides[0] + h * key_strides[1] + columns * key_strides[2]
-    tile = load_rows(keys, starts, key_strides[3], real, D, BLOCK_D, ALIGNED)
+    keys = from_head(keys, key_strides, b, h, ALIGNED)
+    tile = load_rows(keys, columns * key_strides[2], key_strides[3], real, D, BLOCK_D, ALIGNED)
+    queries = from_head(queries, query_strides, b, h * GROUP, ALIGNED)
+    partial += segment * GROUP * rows * tiles + column
     for first in range(0, GROUP * per_head, BLOCK_M):
         logits, g, w = _logits(
-            queries, b * query_strides[0] + h * GROUP * query_strides[1], query_strides, tile, columns, real,
+            queries, query_strides, tile, columns, real,
             valid, valid_strides[2], mask, mask_strides, factor, cap, first, rows, entries, per_head,
             GROUP, D, BLOCK_D, ALIGNED, BLOCK_M, PRECISION,
         )  # fmt: skip
@@ -69,7 +79,7 @@ def window_attention_partial_kernel(
         peak = tl.where(peak == float("-inf"), 0.0, peak)
         total = tl.sum(tl.exp2(logits - peak[None, :]), 0)
         lse = tl.where(total == 0, float("-inf"), peak + tl.log2(tl.where(total == 0, 1.0, total)))
-        places = ((segment * GROUP + g) * rows + w) * tiles + column
+        places = (g * rows + w).to(tl.int64) * tiles
         tl.store(partial + places, lse, mask=(w < rows) & (g < GROUP))
 
 
@@ -143,24 +153,23 @@ def window_attention_sum_kernel(
     """Mean probability over rows, and the last row's, of one tile of keys, joined over the group's query heads."""
     part, segment, b, h = place(tiles, heads)
     columns = part % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    if valid is not None:
-        valid += b * valid_strides[0] + h * valid_strides[1]
-    if mask is not None:
-        mask += b * mask_strides[0] + h * mask_strides[1]
+    valid, mask = from_head(valid, valid_strides, b, h), from_head(mask, mask_strides, b, h)
     real = real_rows(valid, columns, valid_strides[2], entries)
-    starts = b * key_strides[0] + h * key_strides[1] + columns * key_strides[2]
-    tile = load_rows(keys, starts, key_strides[3], real, D, BLOCK_D, ALIGNED)
+    keys = from_head(keys, key_strides, b, h, ALIGNED)
+    tile = load_rows(keys, columns * key_strides[2], key_strides[3], real, D, BLOCK_D, ALIGNED)
+    queries = from_head(queries, query_strides, b, h * GROUP, ALIGNED)
     mean, final = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
     most, most_final = mean, final
+    lse += segment * GROUP * rows
     last_row = tl.load(last + segment * GROUP)  # query heads of a group see the same
     for first in range(0, GROUP * per_head, BLOCK_M):
         logits, g, w = _logits(
-            queries, b * query_strides[0] + h * GROUP * query_strides[1], query_strides, tile, columns, real,
+            queries, query_strides, tile, columns, real,
             valid, valid_strides[2], mask, mask_strides, factor, cap, first, rows, entries, per_head,
             GROUP, D, BLOCK_D, ALIGNED, BLOCK_M, PRECISION,
         )  # fmt: skip
         inside = (w < rows) & (g < GROUP)
-        sums = tl.load(lse + segment * GROUP * rows + g * rows + w, mask=inside, other=float("inf"))
+        sums = tl.load(lse + g * rows + w, mask=inside, other=float("inf"))
         weights = tl.exp2(logits - sums[None, :])
         mean += tl.sum(weights, 1)
         final += tl.sum(tl.where((w == last_row)[None, :], weights, 0.0), 1)
@@ -177,7 +186,6 @@ def window_attention_sum_kernel(
 @triton.jit
 def _logits(
     queries: tl.tensor,
-    start: tl.tensor,
     query_strides: tl.tuple,
     tile: tl.tensor,
     columns: tl.tensor,
@@ -208,7 +216,7 @@ def _logits(
         looks &= own >= 0
         if valid is not None:
             looks &= tl.load(valid + own.to(tl.int64) * valid_stride, mask=looks, other=0).to(tl.int1)
-    starts = start + g.to(tl.int64) * query_strides[1] + w.to(tl.int64) * query_strides[2]
+    starts = g.to(tl.int64) * query_strides[1] + w.to(tl.int64) * query_strides[2]
     block = load_rows(queries, starts, query_strides[3], looks, D, BLOCK_D, ALIGNED)
     logits = product(tile, tl.trans(block), PRECISION) * factor
     if cap is not None:  # cap * tanh
@@ -238,7 +246,8 @@ def window_attention_triton(
     groups, block = query_heads // heads, block_size(size)
     block_n = min(128, TILE_BYTES // (block * keys.element_size()))
     tiles = triton.cdiv(entries, block_n)
-    block_m = min(64 // keys.element_size(), block_size(rows if group == "max" else rows * groups))
+    block_m = 16 if group == "max" else min(64 // keys.element_size(), block_size(rows * groups))
+    stages = 3 if block_m == 16 and block > 64 else 2  # elsewhere the compilers spill a register for the third
     per_head = triton.cdiv(rows, block_m) * block_m if group == "max" else rows
     result = WindowAttention(*(keys.new_empty(batch, heads, entries, dtype=torch.float32) for _ in range(2)))
     partial = keys.new_empty(batch, query_heads, rows, tiles, dtype=torch.float32)
@@ -257,11 +266,11 @@ def window_attention_triton(
     )  # fmt: skip
     with on_device(keys):
         grid = (batch * heads * tiles,)
-        window_attention_partial_kernel[grid](queries, keys, flags, seen, partial, *tensors, **LAUNCH)
+        window_attention_partial_kernel[grid](queries, keys, flags, seen, partial, *tensors, num_stages=2, **LAUNCH)
         window_attention_rows_kernel[(batch * query_heads,)](
             partial, lse, share, last, rows, tiles, ROWS, TILES, **OPTIONS
         )
         window_attention_sum_kernel[grid](
-            queries, keys, flags, seen, lse, share, last, *result, *tensors, group == "max", **LAUNCH
-        )
+            queries, keys, flags, seen, lse, share, last, *result, *tensors, group == "max", num_stages=stages, **LAUNCH
+        )  # fmt: skip
     return result
