@@ -565,3 +565,30 @@ def test_layers_that_run_anew_in_the_backward_pass_are_refused():
     tiny.model.train().gradient_checkpointing_enable()
     with share(tiny.model, plan_of(tiny.model, "global")), pytest.raises(RuntimeError, match="gradient checkpointing"):
         tiny.model(**tiny.inputs, use_cache=False)
+
+
+@MODES
+def test_the_model_below_the_head_shares_too(kit, mode):
+    tiny = kit.vlm("llava", dtype=F64)
+    with share(tiny.model, plan_of(tiny.model, mode)), torch.no_grad():
+        found = tiny.model.model(**tiny.inputs, use_cache=False).last_hidden_state
+        wanted = tiny.model(**tiny.inputs, use_cache=False, output_hidden_states=True).hidden_states[-1]
+    assert kit.difference(found, wanted) < EXACT
+
+
+def test_a_stock_cache_cannot_be_gone_on_with_in_visual_mode(kit):
+    """It does not say which of its tokens are vision tokens; in global mode nobody needs to know."""
+    tiny = kit.vlm("llava", dtype=F64)
+    token = kit.words(1, 1)
+    for mode in ("visual", "global"):
+        plan = plan_of(tiny.model, mode)
+        with share(tiny.model, plan) as session, torch.no_grad():
+            cache = tiny.model(**tiny.inputs).past_key_values
+            if mode == "visual":
+                with pytest.raises(ValueError, match=r"session\.cache\(\)"):
+                    tiny.model(input_ids=token, past_key_values=cache)
+                continue
+            found = tiny.model(input_ids=token, past_key_values=cache).logits
+            own = session.cache()
+            tiny.model(**tiny.inputs, past_key_values=own)
+            assert kit.difference(found, tiny.model(input_ids=token, past_key_values=own).logits) < EXACT

@@ -9,9 +9,10 @@ from mmkv_hf import prune, share
 from mmkv_hf.survivors import Held, numbering
 from mmkv_layershare import LazyPlan
 from mmkv_prune import ADSC, FastV, PyramidDrop, RandomDrop, SparseVLM, UniformDrop
-from mmkv_testkit.families import PLAIN, pad, unpadded
+from mmkv_testkit.families import PLAIN, build, pad, unpadded
 from mmkv_testkit.oracle import attending, dense_attention, visible_to
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.functional import pad as widen
 from transformers import DynamicCache
 
 F64 = torch.float64
@@ -204,12 +205,16 @@ def test_a_second_turn_of_survivors_numbered_anew(kit, padding):
     assert kit.difference(second.logits, wanted[:, -3:]) < EXACT
 
 
-@pytest.mark.parametrize("method", [METHODS[0], NUMBERED[0]], ids=["keep", "reindex"])
-def test_drafts_that_come_with_the_prompt_are_taken_back(kit, method):
-    """Prompt lookup proposes tokens before the prompt has been read; layers must not count those it takes back."""
-    tiny = kit.vlm("llava", dtype=F64)
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [*((family, method) for family in ("llava", "qwen2_vl") for method in METHODS), ("llava", NUMBERED[0])],
+    ids=lambda x: x if isinstance(x, str) else f"{type(x).__name__}-{x.positions}",
+)
+def test_drafts_that_come_with_the_prompt_have_no_say_and_are_taken_back(kit, family, method):
+    """Prompt lookup proposes tokens before the prompt has been read."""
+    tiny = kit.vlm(family, dtype=F64)
     inputs = pad(tiny.inputs, left=[5])
-    inputs["input_ids"][0, -4:] = inputs["input_ids"][0, -14:-10]
+    inputs["input_ids"][0, -4:] = inputs["input_ids"][0, -20:-16]
     lengths = []
     hook = tiny.model.get_decoder().register_forward_pre_hook(
         lambda m, a, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
@@ -416,8 +421,7 @@ def test_what_cannot_work_is_refused_and_the_model_is_as_before(kit):
     tiny = kit.vlm("llava")
     model = tiny.model
     kit.decode(model, tiny.inputs, 1)  # transformers leaves hooks of its own behind
-    before = (dict(vars(model)), model.config.to_dict())
-    hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
+    before = kit.state(model)
     method = ADSC(layers=(1,), stride=2)
     with prune(model, method):
         with pytest.raises(ValueError, match="leave prefill_chunk_size out"):
@@ -432,8 +436,7 @@ def test_what_cannot_work_is_refused_and_the_model_is_as_before(kit):
         for mask, name in ((flex, "a BlockMask"), (torch.ones(1, 1, count, count).bool(), r"\[1, 1, 88, 88\]")):
             with pytest.raises(ValueError, match=rf"reads an attention mask \[B, N\], not {name}"):
                 model(**tiny.inputs | {"attention_mask": mask})
-    assert (dict(vars(model)), model.config.to_dict()) == before
-    assert [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()] == hooks
+    assert kit.state(model) == before
 
 
 def test_a_copied_cache_goes_on_alone(kit):
@@ -460,3 +463,161 @@ def test_a_cache_that_was_emptied_knows_nothing_of_before(kit):
         cache.crop(-cache.get_seq_length())
         found = kit.decode(tiny.model, text, 3, past_key_values=cache)
     assert kit.difference(found.logits, kit.decode(tiny.model, text, found.tokens).logits) < EXACT
+
+
+@pytest.mark.parametrize("method", [METHODS[0], METHODS[1], METHODS[2]], ids=lambda m: type(m).__name__)
+def test_without_a_cache_the_prompt_is_pruned_as_with_one(kit, method):
+    tiny = kit.vlm("llava", dtype=F64)
+    with prune(tiny.model, method):
+        found = kit.decode(tiny.model, tiny.inputs, 5)
+        again = kit.decode(tiny.model, tiny.inputs, found.tokens, use_cache=False)
+    assert kit.difference(found.logits, again.logits) < EXACT
+
+
+@pytest.mark.parametrize("layout", ["raster", "grid2d", "quincunx"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "internvl"])
+def test_generation_knows_the_grids_that_a_forward_pass_knows(kit, family, layout):
+    """Two images side by side, without text between them: only their grids say that they are two."""
+    tiny = kit.vlm(family, batch=1, images=2, dtype=F64)
+    method = ADSC(layers=(1,), stride=4, layout=layout)
+    inputs = side_by_side(tiny) if family == "llava" else tiny.inputs
+    found, wanted, alive = both(kit, tiny.model, inputs, method)
+    assert kit.difference(found.logits, wanted.logits) < EXACT
+    with prune(tiny.model, method) as session, torch.no_grad():
+        tiny.model(**inputs, use_cache=False)
+    assert torch.equal(alive_of(session)[1], alive[1])
+
+
+def side_by_side(tiny):
+    """Inputs without what stands between two images."""
+    ids = tiny.inputs["input_ids"]
+    places = (ids[0] == tiny.image_token_id).nonzero()[:, 0]
+    inside = torch.arange(ids.shape[1])
+    keep = (inside < places[0]) | (inside > places[-1]) | (ids[0] == tiny.image_token_id)
+    ids = ids[:, keep]
+    return tiny.inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def test_rows_of_a_pruned_cache_can_be_chosen_repeated_and_reordered(kit):
+    """Against the rows left where they were; they are padded differently, so that what was pruned differs."""
+    tiny = kit.vlm("llava", batch=2, dtype=F64)
+    inputs = pad(tiny.inputs, left=[7, 0])
+    mask = widen(inputs["attention_mask"], (0, 1), value=1)
+    new, last = kit.words(2, 1), {"position_ids": (mask.sum(1, keepdim=True) - 1)}
+
+    def step(cache, rows):
+        given = {"input_ids": new[rows], "attention_mask": mask[rows], "position_ids": last["position_ids"][rows]}
+        return tiny.model(**given, past_key_values=cache).logits
+
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    for method in (FastV(layer=1, keep=0.4), ADSC(layers=(1,), stride=3, positions="reindex")):
+        with prune(tiny.model, method), torch.no_grad():
+            cache = DynamicCache(config=tiny.text_config)
+            tiny.model(**inputs, position_ids=positions, past_key_values=cache)
+            copies = [copy.deepcopy(cache) for _ in range(3)]
+            wanted = step(cache, torch.arange(2))
+            copies[0].reorder_cache(torch.tensor([1, 0]))
+            copies[1].batch_select_indices(torch.tensor([1]))
+            copies[2].batch_repeat_interleave(2)
+            for held, rows in zip(copies, ([1, 0], [1], [0, 0, 1, 1]), strict=True):
+                assert kit.difference(step(held, torch.tensor(rows)), wanted[rows]) < EXACT
+
+
+def test_the_model_below_the_head_is_pruned_too(kit):
+    tiny = kit.vlm("llava", dtype=F64)
+    with prune(tiny.model, METHODS[0]), torch.no_grad():
+        found = tiny.model.model(**tiny.inputs).last_hidden_state
+        wanted = tiny.model(**tiny.inputs, output_hidden_states=True).hidden_states[-1]
+        with pytest.raises(RuntimeError, match="not its decoder"):
+            tiny.model.get_decoder()(input_ids=kit.words(1, 5))
+        with pytest.raises(ValueError, match="unpack"):  # and after a pass that failed
+            tiny.model(**tiny.inputs | {"pixel_values": torch.zeros(1, 2)})
+        with pytest.raises(RuntimeError, match="not its decoder"):
+            tiny.model.get_decoder()(input_ids=kit.words(1, 5))
+    assert kit.difference(found[:, -1], wanted[:, -1]) < EXACT
+
+
+def test_a_placeholder_that_the_model_says_is_a_word(kit):
+    tiny = kit.vlm("llava", dtype=F64)
+    tokens = kit.words(1, 5)
+    tokens[0, 2] = tiny.image_token_id
+    found, wanted, _ = both(kit, tiny.model, tiny.inputs, METHODS[1], tokens)
+    assert kit.difference(found.logits, wanted.logits) < EXACT
+
+
+def test_embeddings_beside_what_they_are(kit):
+    """LLaVA takes no mm_token_type_ids; the session does."""
+    for family in ("llava", "qwen2_vl"):
+        tiny = kit.vlm(family, dtype=F64)
+        ids = tiny.inputs["input_ids"]
+        kinds = (ids == tiny.image_token_id).long()
+        with torch.no_grad():
+            embeds = tiny.model.get_input_embeddings()(ids)
+        given = {"inputs_embeds": embeds, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds}
+        if family == "qwen2_vl":
+            given["position_ids"] = torch.arange(ids.shape[1]).expand(3, 1, -1)
+        with prune(tiny.model, METHODS[1]) as session, torch.no_grad():
+            tiny.model(**given)
+            wanted = alive_of(session)
+            if family == "llava":
+                kit.decode(tiny.model, given, 2)
+                assert all(torch.equal(x, wanted[layer]) for layer, x in alive_of(session).items())
+        assert not wanted[2].all()
+
+
+@pytest.mark.parametrize("size", [16, 40, 80])
+def test_images_read_in_chunks_are_refused_and_text_is_not(kit, size):
+    tiny = kit.vlm("llava")
+    text = {"input_ids": kit.words(1, 60)}
+    calls = []
+    hook = tiny.model.model.register_forward_pre_hook(lambda *a: calls.append(1))
+    with prune(tiny.model, METHODS[1]):
+        with pytest.raises(ValueError, match="leave prefill_chunk_size out"):
+            tiny.model.generate(**tiny.inputs, max_new_tokens=2, prefill_chunk_size=size)
+        assert not calls
+        found = tiny.model.generate(**text, max_new_tokens=2, do_sample=False, prefill_chunk_size=size)
+    hook.remove()
+    assert torch.equal(found, tiny.model.generate(**text, max_new_tokens=2, do_sample=False))
+
+
+def test_what_looks_at_layers_refuses_to_run_them_anew(kit):
+    tiny = build("llava")
+    model = tiny.model.train()
+    model.gradient_checkpointing_enable()
+    with prune(model, METHODS[1]), pytest.raises(RuntimeError, match="after FastV has looked"):
+        model(**tiny.inputs, labels=tiny.inputs["input_ids"])
+    with prune(model, METHODS[0]):
+        model(**tiny.inputs, labels=tiny.inputs["input_ids"], use_cache=False).loss.backward()
+    assert model.get_decoder().layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
+
+
+def test_sessions_that_cannot_be_nested_leave_the_model_as_it_was(kit):
+    tiny = kit.vlm("llava")
+    model, plan = tiny.model, LazyPlan(4, ((1, 2),))
+    kit.decode(model, tiny.inputs, 1)
+    before = kit.state(model)
+    session = prune(model, METHODS[0])
+    with session:
+        with pytest.raises(RuntimeError, match="open already"):
+            session.__enter__()
+        with pytest.raises(RuntimeError, match="pruned already"), prune(model, METHODS[1]):
+            pass
+    assert kit.state(model) == before
+    shared = share(model, plan)
+    with shared:
+        with pytest.raises(RuntimeError, match="open already"):
+            shared.__enter__()
+        with pytest.raises(RuntimeError, match="share attention already"), share(model, plan):
+            pass
+    assert kit.state(model) == before
+    inside = ADSC(layers=(2,), stride=2)
+    for outer, inner in ((prune(model, inside), share(model, plan)), (share(model, plan), prune(model, inside))):
+        with outer, inner, torch.no_grad(), pytest.raises(ValueError, match="let a block of the plan begin there"):
+            model(**tiny.inputs, use_cache=False)
+    assert kit.state(model) == before
+
+
+def test_static_caches_are_refused(kit):
+    tiny = kit.vlm("llava")
+    with prune(tiny.model, METHODS[0]), pytest.raises(ValueError, match="leave cache_implementation out"):
+        tiny.model.generate(**tiny.inputs, max_new_tokens=2, cache_implementation="static")

@@ -66,9 +66,9 @@ def opened(model, kinds, *args, **settings):
         return args, {name: value for name, value in kwargs.items() if name != "mm_token_type_ids"}
 
     with ExitStack() as stack:
-        stack.callback(model.register_forward_pre_hook(tell, with_kwargs=True).remove)
+        stack.callback(model.base_model.register_forward_pre_hook(tell, with_kwargs=True).remove)
         session = stack.enter_context(compress(model, *args, **settings))
-        stack.callback(model.register_forward_pre_hook(hide, with_kwargs=True).remove)
+        stack.callback(model.base_model.register_forward_pre_hook(hide, with_kwargs=True).remove)
         yield session
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ._compat import attributes_set, modalities, recomputes
 from .kinds import layer_kinds
 from .lazy_cache import BlockLayer, Layout, LazyCache, arrives_at_once
-from .opened import Opened
+from .opened import Opened, at_work
 from .shortened import Shortened
 from .split import Columns, Prefix, columns_of
 from .survivors import Held
@@ -175,9 +175,11 @@ class Borrowing:
         """Puts hooks on this one instance, which the stack takes off again."""
         if self.skip_projections:
             stack.enter_context(_projections_skipped(self.model, self._lending))
-        decoder = self.model.get_decoder()
+        base, decoder = self.model.base_model, self.model.get_decoder()
+        if any(isinstance(other, Borrowing) for other in at_work(base)):
+            raise RuntimeError("layers of this model share attention already; such sessions cannot be nested")
         hooks = [
-            self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            base.register_forward_pre_hook(self._begin, with_kwargs=True),
             decoder.register_forward_pre_hook(self._lend, with_kwargs=True),
             decoder.register_forward_hook(self._check_lent),
         ]
@@ -185,7 +187,8 @@ class Borrowing:
             stack.callback(hook.remove)
         stack.callback(self._lending.begin, None)
 
-    def _begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        model = self.model
         if model.training and recomputes(model):
             raise RuntimeError("gradient checkpointing runs layers anew, out of the order lazy layers borrow in")
         cache, mask, visual = kwargs.get("past_key_values"), kwargs.get("attention_mask"), self.plan.mode == "visual"
@@ -196,6 +199,11 @@ class Borrowing:
             self._lending.begin(cache.vision.seen)
             return
         held = cache if isinstance(cache, LazyCache) else None
+        if visual and held is None and cache is not None and cache.get_seq_length():
+            raise ValueError(
+                f"a {type(cache).__name__} does not know which of its tokens are vision tokens; begin with the cache "
+                "of session.cache()"
+            )
         layout = Layout() if held is None else held.layout
         if new is not None:
             trains = model.training or torch.is_grad_enabled()
@@ -239,6 +247,8 @@ def share(model: PreTrainedModel, plan: LazyPlan, *, skip_projections: bool = Fa
         >>> with share(model, LazyPlan(4, ((1, 3),))):
         ...     out = model.generate(**inputs)
 
+    A hand-written loop in visual mode begins with `session.cache()`: a stock cache does not know the vision tokens.
+
     Args:
         model: a decoder-only transformers model.
         plan: which layers are lazy; see mmkv-layershare.
@@ -260,7 +270,7 @@ class LazySession(Opened):
         model: the model.
         plan: the plan.
         skip_projections: whether unused projections are skipped.
-        last: the cache of the latest `generate`.
+        last: the cache of the latest conversation.
     """
 
     def __init__(self, model: PreTrainedModel, plan: LazyPlan, *, skip_projections: bool = False) -> None:

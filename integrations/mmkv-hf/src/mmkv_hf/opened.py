@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from . import attention  # noqa: F401  registers the attention function
@@ -19,6 +20,8 @@ class Context:
     _stack: ExitStack
 
     def __enter__(self) -> Self:
+        if hasattr(self, "_stack"):
+            raise RuntimeError("this session is open already")
         with ExitStack() as stack:
             self._open(stack)
             self._stack = stack.pop_all()
@@ -35,6 +38,11 @@ class Context:
     ) -> None:
         self._stack.close()
         del self._stack
+
+
+def at_work(module: nn.Module) -> list[Any]:
+    """The objects whose methods are called before a forward pass of this module."""
+    return [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
 
 
 class Opened(Context):

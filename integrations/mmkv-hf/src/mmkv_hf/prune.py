@@ -7,32 +7,40 @@ token again, zeros where one was dropped, so losses and hand-written loops work 
 
 from __future__ import annotations
 
+import inspect
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from mmkv_pipelines.stages import check_blocks
 from mmkv_prune import Attention, Prompt, PrunePlan, Pruner, attention_rows, kept_columns, spread
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ._compat import (
+    attributes_set,
     cross_layers,
     is_full_attention,
     last_readers,
     modalities,
+    recomputes,
     template_layers,
     text_config,
 )
+from .asked import Asked
 from .cache import CompressedCache
 from .layers import CompressedLayer
 from .lazy_cache import LazyCache
-from .opened import Opened
+from .opened import Opened, at_work
 from .plot import Grid, known_grids
 from .shortened import Shortened
 from .survivors import (
+    HELD,
     Deepstack,
     Held,
     check_numbering,
+    follow,
     later_mask,
     numbered_later,
     numbered_prompt,
@@ -41,8 +49,10 @@ from .survivors import (
     windows_of,
 )
 
-_HELD = "_mmkv_held"
-"""Where a cache has what its layers hold: on itself, so that copies of it know as well."""
+_IN_PARTS = (
+    "vision tokens are pruned in a prompt that is read at once: leave prefill_chunk_size out, and give images in the "
+    "first turn"
+)
 
 
 def prune(model: PreTrainedModel, method: Pruner) -> PruneSession:
@@ -77,18 +87,22 @@ class PruneSession(Opened):
         self.plan = PrunePlan(method, text_config(model).num_hidden_layers)
         _check_layers(model, self.plan)
         self.held: dict[int, Held] = {}
+        self._asked: Asked | None = None
         self._reading: _Reading | None = None
+        self._begun = False
         self._windows = windows_of(model)
         self._rotary: Any = getattr(model.get_decoder(), "rotary_emb", None)
         self._mask: Tensor | None = None
 
     def _enter(self, stack: ExitStack) -> None:
-        decoder = self.model.get_decoder()
+        base, decoder = self.model.base_model, self.model.get_decoder()
+        if any(isinstance(other, PruneSession) for other in at_work(base)):
+            raise RuntimeError("this model is pruned already; sessions of pruning cannot be nested")
         hooks = [
-            self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            self.model.register_forward_hook(self._end),
-            decoder.register_forward_pre_hook(self._check_decoder, with_kwargs=True),
+            base.register_forward_pre_hook(self._begin, with_kwargs=True),
+            decoder.register_forward_pre_hook(self._take_features, with_kwargs=True),
             decoder.register_forward_hook(self._restore),
+            base.register_forward_hook(self._end, always_call=True),
         ]
         for index, layer in enumerate(decoder.layers):
             if index == 0 or index >= self.plan.layers[0] - 1:
@@ -96,56 +110,106 @@ class PruneSession(Opened):
             hooks.append(layer.register_forward_hook(_Deep(self, index)))
         for hook in hooks:
             stack.callback(hook.remove)
-        stack.callback(setattr, self, "_reading", None)
+        generate = self.model.generate
+        stack.enter_context(attributes_set(self.model, generate=lambda *a, **k: self._generate(generate, *a, **k)))
+
+    def _generate(
+        self, generate: Any, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any
+    ) -> Any:
+        settings = vars(generation_config or self.model.generation_config) | kwargs
+        given = kwargs if inputs is None else {**kwargs, "input_ids": inputs}
+        self._asked = Asked.of(self.model.config, given)
+        if "mm_token_type_ids" not in inspect.signature(self.model.forward).parameters:
+            kwargs.pop("mm_token_type_ids", None)
+        try:
+            if self._asked is not None and self._asked.has_images and settings.get("prefill_chunk_size") is not None:
+                raise ValueError(_IN_PARTS)
+            return generate(inputs, generation_config, **kwargs)
+        finally:
+            self._asked = None
 
     # -- hooks, in the order of a forward pass
 
-    def _begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache, ids = kwargs.get("past_key_values"), args[0] if args else kwargs.get("input_ids")
+    def _begin(
+        self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self._reading, self._begun = None, True
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        self._check_pass(cache, mask)
+        self._mask = None if mask is None else mask.bool()
+        kinds = self._kinds(args, kwargs)
+        if "mm_token_type_ids" not in inspect.signature(base.forward).parameters:
+            kwargs = {name: value for name, value in kwargs.items() if name != "mm_token_type_ids"}
+        past = 0 if cache is None else cache.get_seq_length()
+        if self._asked is not None:
+            kinds = self._asked.of_prompt(kinds, past)
+        self.held = vars(cache).get(HELD, {}) if past else {}
+        if bool((kinds > 0).any()):
+            if past:
+                raise ValueError(_IN_PARTS)
+            self._read(kinds, cache, kwargs)
+        return args, kwargs
+
+    def _check_pass(self, cache: Any, mask: Any) -> None:
+        """Refuses what pruned layers cannot work with."""
         if isinstance(cache, LazyCache):
             raise ValueError(
                 "a LazyCache does not know of pruning; compress(model, 'adsc | lazy(plan.json) | snapkv', budget=1.0) "
                 "does both, and at that budget evicts nothing"
             )
-        kinds = modalities(model.config, ids, kwargs.get("mm_token_type_ids"))
+        if any(getattr(layer, "is_compileable", False) for layer in getattr(cache, "layers", ())):
+            raise ValueError(
+                "pruned layers hold fewer tokens than a static cache has room for: leave cache_implementation out"
+            )
+        if self.model.training and recomputes(self.model) and self.plan.evidence is not None:
+            raise RuntimeError(
+                f"gradient checkpointing runs layers anew, after {type(self.plan.method).__name__} has looked at them"
+            )
+        if mask is not None and not isinstance(mask, Tensor):
+            raise ValueError(f"pruning reads an attention mask [B, N], not a {type(mask).__name__}")
+
+    def _kinds(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """[B, n] int8, what the tokens of this pass are."""
+        ids = args[0] if args else kwargs.get("input_ids")
+        kinds = modalities(self.model.config, ids, kwargs.get("mm_token_type_ids"))
+        if kinds is None and self._asked is not None:
+            kinds = self._asked.kinds_for(kwargs["inputs_embeds"])
         if kinds is None:
             raise ValueError(
                 "pruning has to know the vision tokens: pass input_ids, or mm_token_type_ids beside embeddings"
             )
-        self._reading = None
-        mask = kwargs.get("attention_mask")
-        if mask is not None and not isinstance(mask, Tensor):
-            raise ValueError(f"pruning reads an attention mask [B, N], not a {type(mask).__name__}")
-        self._mask = None if mask is None else mask.bool()
-        if cache is not None and cache.get_seq_length():
-            if bool((kinds > 0).any()):
-                raise ValueError(
-                    "vision tokens behind a filled cache cannot be pruned: leave prefill_chunk_size out, and give "
-                    "images in the first turn"
-                )
-            self.held = vars(cache).get(_HELD, {})
-            return
-        valid = self._mask
+        return kinds
+
+    def _read(self, kinds: Tensor, cache: Any, inputs: dict[str, Any]) -> None:
+        """A prompt begins, of which tokens [B, n] are of these kinds; drafts may follow it."""
+        valid, length = self._mask, kinds.shape[1]
         if valid is not None and valid.shape != kinds.shape:
             raise ValueError(f"pruning reads an attention mask [B, N], not {list(valid.shape)}")
-        self.held = {}
-        if bool((kinds > 0).any()):
-            if isinstance(cache, CompressedCache):
-                cache.request.uneven = True
-            grids = known_grids(model.config, kinds, kwargs)
-            self._reading = _Reading(self.plan, Prompt.of(kinds > 0, valid=valid, shapes=_shapes(grids)), self._rotary)
+        if isinstance(cache, CompressedCache):
+            cache.request.uneven = True
+            if length < cache.request.prompt_end:
+                raise ValueError(_IN_PARTS)
+        if self._asked is None:
+            end, grids = length, known_grids(self.model.config, kinds, inputs)
+        else:
+            end, grids = self._asked.length, self._asked.grids_for(len(kinds))
+        valid = None if valid is None else valid[:, :end]
+        prompt = Prompt.of(kinds[:, :end] > 0, valid=valid, shapes=_shapes(grids))
+        self._reading = _Reading(self.plan, prompt, self._rotary, drafts=length - end)
 
     def shorten(self, given: Shortened, cache: Any) -> None:
         """Goes on with the columns that the language model is given, of images whose grids nobody knows any more."""
         if self._reading is not None:
             before = self._reading.prompt
             image = given.of(before.image + 1) - 1
-            prompt = Prompt(given.real, image, image.new_full((*image.shape, 3), -1))
-            self._reading = _Reading(self.plan, prompt, self._rotary)
+            prompt = Prompt(given.real[:, : image.shape[1]], image, image.new_full((*image.shape, 3), -1))
+            self._reading = _Reading(self.plan, prompt, self._rotary, drafts=self._reading.drafts)
 
-    def _check_decoder(
+    def _take_features(
         self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not self._begun:
+            raise RuntimeError("pruning has to know the vision tokens: call the model, not its decoder")
         deep = kwargs.get("deepstack_visual_embeds")
         if self._reading is None or deep is None or self.plan.layers[0] >= len(deep):
             return None
@@ -164,6 +228,8 @@ class PruneSession(Opened):
         full = kwargs
         kwargs = reading.gathered(full, hidden)
         if index in self.plan.layers:
+            if kwargs.get("mmkv_lending") is not None:
+                check_blocks(self.plan.method, kwargs["mmkv_lending"].plan)
             if self.plan.evidence is not None and self.plan.evidence.layer == "own":
                 reading.look_ahead(layer, hidden, kwargs)
             hidden = reading.drop(index, hidden)
@@ -204,8 +270,8 @@ class PruneSession(Opened):
     def _end(self, model: Any, args: tuple[Any, ...], output: Any) -> None:
         cache = getattr(output, "past_key_values", None)
         if cache is not None:
-            vars(cache)[_HELD] = self.held
-        self._reading = None
+            follow(cache, self.held)
+        self._reading, self._begun = None, False
 
 
 class _Step:
@@ -236,16 +302,18 @@ class _Reading:
 
     Attributes:
         prompt: where the vision tokens are.
+        drafts: columns after the prompt, which nobody looks at and nothing drops.
         held: the columns that the hidden states under way stand for.
         embeddings: [B, N, D], what entered layer 0, where the method asks for it.
         deep: features added after the first layers, where tokens are dropped between them.
     """
 
-    def __init__(self, plan: PrunePlan, prompt: Prompt, rotary: Any) -> None:
-        self.plan, self.prompt, self.rotary = plan, prompt, rotary
+    def __init__(self, plan: PrunePlan, prompt: Prompt, rotary: Any, *, drafts: int = 0) -> None:
+        self.plan, self.prompt, self.rotary, self.drafts = plan, prompt, rotary, drafts
         self.deep: Deepstack | None = None
-        everything = torch.arange(prompt.valid.shape[1], device=prompt.valid.device).expand(prompt.valid.shape)
-        self.held = Held(everything, torch.ones_like(prompt.valid), prompt.valid.shape[1])
+        batch, length = prompt.valid.shape[0], prompt.valid.shape[1] + drafts
+        everything = torch.arange(length, device=prompt.valid.device).expand(batch, -1)
+        self.held = Held(everything, torch.ones_like(everything, dtype=torch.bool), length)
         self.embeddings: Tensor | None = None
         self._alive = prompt.valid
         self._attention: Attention | None = None
@@ -255,7 +323,7 @@ class _Reading:
         """Hidden states [B, K', D] that enter layer `index`."""
         before = self.held
         self._alive = self.plan.keep(index, self.prompt, self._alive, self._attention)
-        places = kept_columns(self._alive.gather(1, before.columns) & before.real)
+        places = kept_columns(self._wider(self._alive, True).gather(1, before.columns) & before.real)
         self.held = Held(before.columns.gather(1, places.columns), places.real, before.length)
         return hidden.gather(1, places.columns[..., None].expand(-1, -1, hidden.shape[-1]))
 
@@ -283,13 +351,14 @@ class _Reading:
 
     def number(self, kwargs: dict[str, Any]) -> None:
         """From here on, what is held has positions of its own; `kwargs` are a layer's for all columns."""
-        self._first, self.held = numbering(self.held, positions(kwargs), self.prompt.valid)
+        self._first, self.held = numbering(self.held, positions(kwargs), self._wider(self.prompt.valid, True))
 
     def watch(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> None:
         """Notes the attention of the rows that the method asks for."""
-        asked = self.plan.rows(self.prompt, self.embeddings)
+        end = self.prompt.valid.shape[1]
+        asked = self.plan.rows(self.prompt, None if self.embeddings is None else self.embeddings[:, :end])
         assert asked is not None
-        places = kept_columns(asked.gather(1, self.held.columns) & self.held.real)
+        places = kept_columns(self._wider(asked, False).gather(1, self.held.columns) & self.held.real)
         visible = _square(mask, self.held) if mask is None or mask.shape[-1] != key.shape[2] else mask
         assert visible is not None or bool(self.held.real.all())
         if visible is None:
@@ -299,7 +368,11 @@ class _Reading:
         rows = rows.gather(1, places.columns[..., None].expand(-1, -1, rows.shape[-1])) & self.held.real[:, None]
         chosen = query.gather(2, places.columns[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
         weights = attention_rows(chosen, key, rows, scaling=scaling, softcap=softcap)
-        self._attention = Attention(spread(weights, *self.held[:3]), places.real)
+        self._attention = Attention(spread(weights, *self.held[:3])[..., :end], places.real)
+
+    def _wider(self, mask: Tensor, drafts: bool) -> Tensor:
+        """mask [B, N] with what is said of the drafts after them."""
+        return F.pad(mask, (0, self.drafts), value=drafts)
 
     @torch.no_grad()
     def look_ahead(self, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> None:

@@ -110,14 +110,14 @@ class Session(Opened):
         return super().__enter__()
 
     def _enter(self, stack: ExitStack) -> None:
-        self._stock_generate = self.model.generate
-        ours = {"generate": self._generate, "generate_batch": self._generate_batch}
-        stack.enter_context(attributes_set(self.model, **ours))
-        stack.callback(delattr, self, "_stock_generate")
         if self._borrowing is not None:
             self._borrowing.open(stack)
         if self._pruning is not None:
             stack.enter_context(self._pruning)
+        self._stock_generate = self.model.generate
+        stack.callback(delattr, self, "_stock_generate")
+        ours = {"generate": self._generate, "generate_batch": self._generate_batch}
+        stack.enter_context(attributes_set(self.model, **ours))
         if self._reducing is not None:  # the last: its hook on what the decoder puts out has to run after the others
             stack.enter_context(self._reducing)
 

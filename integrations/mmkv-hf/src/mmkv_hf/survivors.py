@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from ._compat import template_layers, text_config
+from .weak import Owner
 
 
 class Held(NamedTuple):
@@ -37,6 +38,37 @@ class Held(NamedTuple):
         if count <= 0:
             return self
         return self._replace(columns=self.columns[:, :-count], real=self.real[:, :-count], length=self.length - count)
+
+    def chosen(self, rows: Tensor | int) -> Held:
+        """The same for the given batch rows, or for each row so many times."""
+        every = torch.arange(len(self.columns), device=self.columns.device)
+        index = every.repeat_interleave(rows) if isinstance(rows, int) else every[rows.to(every.device)]
+        moved = None if self.moved is None else self.moved[index]
+        return self._replace(columns=self.columns[index], real=self.real[index], moved=moved)
+
+
+HELD = "_mmkv_held"
+"""Where a cache has what its layers hold: on itself, so that copies of it know as well."""
+_ROWS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
+
+
+def follow(cache: Any, held: dict[int, Held]) -> None:
+    """Notes what the layers of a cache hold, whichever rows it is made to keep."""
+    vars(cache)[HELD] = held
+    for name in _ROWS:
+        vars(cache)[name] = _Followed(cache, name)
+
+
+class _Followed:
+    """A cache's operation on rows, which what is known of them follows."""
+
+    def __init__(self, cache: Any, name: str) -> None:
+        self._cache, self._name = Owner(cache), name
+
+    def __call__(self, rows: Any) -> None:
+        cache = self._cache()
+        getattr(type(cache), self._name)(cache, rows)
+        vars(cache)[HELD] = {layer: held.chosen(rows) for layer, held in vars(cache)[HELD].items()}
 
 
 def check_numbering(model: PreTrainedModel) -> None:
@@ -91,7 +123,7 @@ def positions(kwargs: dict[str, Any]) -> Tensor:
     """The positions [1 or B, n] that a layer is told.
 
     Raises:
-        ValueError: none.
+        ValueError: it is not told any.
     """
     ids = kwargs.get("position_ids")
     if not isinstance(ids, Tensor) or ids.ndim != 2:
