@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .grids import Grid as Grid
+from .grids import known_grids as known_grids
+from .grids import runs
+
 if TYPE_CHECKING:
     from .report import Report
 
-Grid = tuple[int, int]
 _LIKE = math.log(1.25)
 _ASK = "pass grids=[(rows, columns), ...], one per image, which together hold all vision tokens in their order"
 
@@ -90,58 +93,6 @@ def check_target(path: str | Path) -> None:
         raise ValueError(f"cannot write {path}: the suffix is one of .{', .'.join(known)}")
 
 
-def known_grids(config: Any, modality: Tensor | None, inputs: Mapping[str, Any]) -> list[list[Grid]] | None:
-    """(rows, columns) of vision tokens of each image of each prompt, as the model's inputs tell them.
-
-    Args:
-        config: of the model.
-        modality: [P, N] int8.
-        inputs: of the model; `image_grid_thw`, `pixel_values` and `image_sizes` are looked at.
-
-    Returns:
-        One list per prompt, empty where images are not plain grids (tiles, line ends, video); None without pixels.
-    """
-    grids, pixels = inputs.get("image_grid_thw"), inputs.get("pixel_values")
-    if modality is None or (grids is None and pixels is None):
-        return None
-    prompts = [(row > 0).nonzero()[:, 0].tolist() for row in modality]
-    if bool((modality == 2).any()):
-        return [[] for _ in prompts]
-    if grids is not None:
-        merge = getattr(getattr(config, "vision_config", None), "spatial_merge_size", 1)
-        found = [(t * h // merge, w // merge) for t, h, w in grids.tolist()]
-    else:
-        found = _of_pixels(pixels, inputs.get("image_sizes"), prompts)
-    return _shared_out(found, [len(columns) for columns in prompts])
-
-
-def _of_pixels(pixels: Any, sizes: Tensor | None, prompts: list[list[int]]) -> list[Grid]:
-    """The grid of each picture [..., 3, h, w], where all of them are alike and have its exact shape; else nothing."""
-    if not isinstance(pixels, Tensor) or pixels.ndim not in (4, 5):
-        return []
-    count, (height, width) = math.prod(pixels.shape[:-3]), pixels.shape[-2:]
-    total = sum(len(columns) for columns in prompts)
-    size = total // max(1, count)
-    rows = math.isqrt(size * height // width)
-    if not rows or size * count != total or size % rows or rows * width != size // rows * height:
-        return []
-    padded = pixels.ndim == 4 and sizes is not None and sizes.tolist() != [[height, width]] * count
-    joined = pixels.ndim == 5 and any(run != size for columns in prompts for run in _runs(columns))
-    return [] if padded or joined else [(rows, size // rows)] * count
-
-
-def _shared_out(grids: list[Grid], sizes: list[int]) -> list[list[Grid]]:
-    """Which grids belong to which prompt, by its number of vision tokens."""
-    rest, out = list(grids), []
-    for size in sizes:
-        mine: list[Grid] = []
-        while rest and sum(a * b for a, b in mine) < size:
-            mine.append(rest.pop(0))
-        out.append(mine)
-    fits = not rest and all(sum(a * b for a, b in mine) == size for mine, size in zip(out, sizes, strict=True))
-    return out if fits else [[] for _ in sizes]
-
-
 def _vision_columns(report: Report, row: int) -> list[int]:
     columns = report.vision_columns[row] if row < len(report.vision_columns) else []
     if not columns:
@@ -154,7 +105,7 @@ def _vision_columns(report: Report, row: int) -> list[int]:
 def _shapes(columns: list[int], pictures: list[Any], known: list[Grid] | None) -> list[Grid]:
     """The grid of each image when the caller named none."""
     if known is None:
-        sizes = _sizes(_runs(columns), len(pictures))
+        sizes = _sizes(runs(columns), len(pictures))
         known = [_guess(size, picture) for size, picture in zip(sizes, pictures or [None] * len(sizes), strict=True)]
     if not known:
         raise ValueError(f"the vision tokens are no plain grid per image (tiles, line ends or video); {_ASK}")
@@ -195,9 +146,7 @@ def _distance(shape: Grid, picture: Any) -> float:
 
 def _check_fit(columns: list[int], pictures: list[Any], shapes: list[Grid]) -> None:
     if sum(a * b for a, b in shapes) != len(columns):
-        raise ValueError(
-            f"the prompt has {len(columns)} vision tokens in runs of {_runs(columns)}; {shapes} do not fit"
-        )
+        raise ValueError(f"the prompt has {len(columns)} vision tokens in runs of {runs(columns)}; {shapes} do not fit")
     if pictures and len(pictures) != len(shapes):
         raise ValueError(f"{len(pictures)} images were given for {len(shapes)} grids of vision tokens")
 
@@ -213,9 +162,3 @@ def _panel(axis: Any, values: Tensor, picture: Any) -> Any:
     return axis.imshow(
         values.numpy(), cmap="plasma", vmin=0, vmax=1, extent=extent, alpha=alpha, interpolation="nearest"
     )
-
-
-def _runs(columns: list[int]) -> list[int]:
-    """Lengths of the stretches of consecutive columns."""
-    starts = [i for i, column in enumerate(columns) if i == 0 or column != columns[i - 1] + 1]
-    return [b - a for a, b in zip(starts, [*starts[1:], len(columns)], strict=True)]

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ._compat import ATTENTION, attention_set, modalities
-from .plot import Grid, known_grids
+from .grids import Grid, known_grids
 from .watched import WatchedLayer, watched_layers
 
 READ_ALOUD = "Provide all the OCR results of this image."

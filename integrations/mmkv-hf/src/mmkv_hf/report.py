@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .cache import CompressedCache
 from .cross import CrossLayer
+from .grids import Grid
 from .layers import CompressedLayer
-from .plot import Grid, plot_kept
+from .plot import plot_kept
 
 _NAMES = ("text", "image", "video")
 
