@@ -240,6 +240,17 @@ def test_curriculum():
         Curriculum("adsc", 5)
 
 
+@pytest.mark.parametrize("step", [float("nan"), float("inf"), -float("inf"), 2.5])
+def test_a_step_that_is_no_whole_number_is_refused(step):
+    with pytest.raises(ValueError, match="a step is a whole number"):
+        Curriculum(ADSC(), steps=5)(step)
+
+
+@pytest.mark.parametrize("step", [4.0, torch.tensor(4)])
+def test_whole_numbers_of_other_types_are_steps(step):
+    assert Curriculum(ADSC(), steps=5)(step) == ADSC(stride=(3, 3))
+
+
 def test_default_schedule_averages_192():
     assert sum(tokens_per_layer(ADSC(), 32, 576)) == 192 * 32
     assert sorted(set(tokens_per_layer(ADSC(), 32, 576))) == [64, 192, 576]

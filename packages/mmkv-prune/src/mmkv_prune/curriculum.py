@@ -36,8 +36,14 @@ class Curriculum:
         _checks.one_of("Curriculum order", self.order, ("reverse", "forward"))
 
     def __call__(self, step: int) -> ADSC:
-        """The method at a training step, counted from 0; steps after the last have the target."""
-        away = self.levels - 1 - min(max(step, 0) * self.levels // self.steps, self.levels - 1)
+        """The method at a training step, counted from 0; steps after the last have the target.
+
+        Raises:
+            ValueError: not a whole number; what is none, NaN first of all, compares in ways that would pass for a step.
+        """
+        if step != step // 1:
+            raise ValueError(f"Curriculum: a step is a whole number, got {step}")
+        away = self.levels - 1 - min(max(int(step), 0) * self.levels // self.steps, self.levels - 1)
         away = away if self.order == "reverse" else -away
         lowest = self.target.offset + 1
         return replace(self.target, stride=tuple(max(lowest, stride + away) for stride in self.target.strides))
