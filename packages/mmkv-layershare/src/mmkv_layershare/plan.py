@@ -141,6 +141,8 @@ class LazyPlan:
 
 
 def _blocks(blocks: Any, num_layers: int) -> tuple[tuple[int, int], ...]:
+    if not _is_list(blocks) or not all(map(_is_list, blocks)):
+        raise ValueError(f"LazyPlan: blocks is a list of [first, last], got {blocks!r}")
     pairs = [tuple(block) for block in blocks]
     for pair in pairs:
         if len(pair) != 2 or not all(map(_is_count, pair)) or not 0 <= pair[0] < pair[1] < num_layers:
@@ -152,6 +154,10 @@ def _blocks(blocks: Any, num_layers: int) -> tuple[tuple[int, int], ...]:
             f"LazyPlan: blocks must be ascending and must not overlap, got {[list(pair) for pair in pairs]}"
         )
     return tuple((first, last) for first, last in pairs)
+
+
+def _is_list(x: object) -> bool:
+    return isinstance(x, Sequence) and not isinstance(x, str)
 
 
 def _is_count(x: object) -> bool:
