@@ -1,5 +1,6 @@
 """What an adapter relies on: plans, gathering, positions; and a small decoder that follows a plan."""
 
+import re
 from typing import ClassVar
 
 import pytest
@@ -94,8 +95,9 @@ def test_answers_are_checked(answer, message, prompt):
 
 def test_bad_calls(prompt):
     p = prompt([-2, 4, -1])
-    with pytest.raises(TypeError, match="object is none"):
-        PrunePlan(object(), 4)
+    for wrong in (object(), FastV, None):
+        with pytest.raises(TypeError, match=f"such as ADSC\\(\\); {re.escape(repr(wrong))} is none"):
+            PrunePlan(wrong, 4)
     wrong = Wrong(lambda seen: seen.alive)
     wrong.evidence = Evidence("own")
     with pytest.raises(TypeError, match="Wrong asks for evidence, so it needs rows"):

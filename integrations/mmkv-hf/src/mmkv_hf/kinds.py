@@ -4,9 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmkv_layershare import LayerKind
+from mmkv_layershare import LayerKind, LazyPlan
 
 from ._compat import cross_layers, is_full_attention, last_readers, template_layers, text_config
+
+
+def check_plan(plan: Any, model: Any) -> None:
+    """Refuses to run anything but a plan that fits.
+
+    Args:
+        plan: what was given as a plan.
+        model: a model or config.
+
+    Raises:
+        TypeError: no plan.
+        ValueError: see `LazyPlan.check`.
+    """
+    if not isinstance(plan, LazyPlan):
+        raise TypeError(f"lazy layers need a LazyPlan, not {plan!r}; LazyPlan.load(path) reads one from its file")
+    plan.check(layer_kinds(model))
 
 
 def layer_kinds(model: Any) -> list[LayerKind]:

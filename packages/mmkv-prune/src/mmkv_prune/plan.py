@@ -34,8 +34,11 @@ class PrunePlan:
 
     def __post_init__(self) -> None:
         name = type(self.method).__name__
-        if not isinstance(self.method, Pruner):
-            raise TypeError(f"a method of pruning has layers, evidence, positions and is called; {name} is none")
+        if isinstance(self.method, type) or not isinstance(self.method, Pruner):  # a class has all these too
+            raise TypeError(
+                "a method of pruning is an object with layers, evidence and positions that is called, such as ADSC(); "
+                f"{self.method!r} is none"
+            )
         if self.method.evidence is not None and not isinstance(self.method, AttentionPruner):
             raise TypeError(f"{name} asks for evidence, so it needs rows() and counts()")
         if self.layers[-1] >= self.num_layers:
