@@ -8,6 +8,7 @@ from mmkv_hf import plot_divergences, profile_layers
 from mmkv_hf.calibrate import last_rows
 from mmkv_hf.cli import app
 from mmkv_layershare import LN2, LazyPlan
+from mmkv_testkit.families import pad, unpadded
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -51,6 +52,24 @@ def test_rows_and_divergences_are_those_of_the_eager_model(kit, family):
                 by_hand = divergence(wanted[a] * chosen, wanted[b] * chosen).mean()
                 assert abs(matrix[a, b] - by_hand) < 1e-4
         assert matrix.nan_to_num(0).max() > 0.01, "all layers attend alike: the comparison shows nothing"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "paligemma2"])
+def test_a_padded_row_counts_as_it_does_alone(kit, family, side):
+    tiny = kit.vlm(family, batch=2)
+    inputs = pad(tiny.inputs, **{side: [9, 0]})
+    found = last_rows(tiny.model, inputs)
+    for i in range(2):
+        alone = eager_rows(tiny.model, unpadded(inputs, i))
+        full = [layer for layer, rows in enumerate(found) if not bool(rows.isnan().any())]
+        real = inputs["attention_mask"][i].bool()
+        assert len(full) > 1
+        assert not found[full, i][:, ~real].any()
+        for layer in full:
+            assert (found[layer, i, real] - alone[layer][0]).abs().max() < 1e-5
+    wanted = sum(profile_layers(tiny.model, [unpadded(inputs, i)]) for i in range(2)) / 2
+    assert torch.allclose(profile_layers(tiny.model, [inputs]), wanted, atol=1e-5, equal_nan=True)
 
 
 def test_prompts_count_by_their_rows(kit):

@@ -24,7 +24,8 @@ def profile_layers(model: PreTrainedModel, prompts: Iterable[Any], *, over: Lite
 
     Args:
         model: a decoder-only transformers model.
-        prompts: the model's inputs, each a batch of any size; wrapped in a progress bar, if one is wanted.
+        prompts: the model's inputs, each a batch of any size, padded on either side; wrapped in a progress bar, if one
+            is wanted.
         over: which tokens are compared: all of them, as the paper does, or the vision tokens, each layer's weights on
             them normalised anew.
 
@@ -56,11 +57,15 @@ def profile_layers(model: PreTrainedModel, prompts: Iterable[Any], *, over: Lite
 
 @torch.no_grad()
 def last_rows(model: PreTrainedModel, inputs: Any) -> Tensor:
-    """Attention of the last prompt token, mean over the query heads, float32 [L, B, N] on the CPU.
+    """Attention of each row's last real token, mean over the query heads, float32 [L, B, N] on the CPU.
 
     NaN for layers that do not attend to everything before them.
     """
     layers = watched_layers(model, _LastRow)
+    last = _last_tokens(inputs.get("attention_mask"))
+    for layer in layers:
+        if isinstance(layer, _LastRow):
+            layer.last = last
     with attention_set(model, ATTENTION):
         model(**inputs, past_key_values=Cache(layers=layers), use_cache=True, logits_to_keep=1)
     rows = [layer.row if isinstance(layer, _LastRow) else None for layer in layers]
@@ -97,12 +102,25 @@ def plot_divergences(matrix: Tensor, path: str | Path, plan: LazyPlan | None = N
     return Path(path)
 
 
-class _LastRow(WatchedLayer):
-    """Keeps the weights of the last query row, mean over the query heads."""
+def _last_tokens(mask: Any) -> Tensor | None:
+    """[B] int64, the column of each row's last real token by a mask [B, N]; None: the last column of all rows."""
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask[:, -1].all()):
+        return None
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    return (mask.bool() * columns).amax(1)
 
+
+class _LastRow(WatchedLayer):
+    """Keeps the weights of the query row of each last token, mean over the query heads."""
+
+    last: Tensor | None = None
     row: Tensor | None = None
 
     def note(self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> None:
-        seen = None if mask is None else mask[:, :, -1:, : self.keys.shape[2]].expand(len(query), -1, -1, -1)
-        weights = window_attention(query[:, :, -1:], self.keys, scaling=scaling, mask=seen, softcap=softcap).last
-        self.row = weights.mean(1).cpu()
+        each = torch.arange(len(query), device=query.device)
+        last = torch.full_like(each, query.shape[2] - 1) if self.last is None else self.last.to(query.device)
+        seen = None
+        if mask is not None:
+            seen = mask[..., : self.keys.shape[2]].expand(len(query), -1, -1, -1)[each, :, last][:, :, None]
+        asking = query[each, :, last][:, :, None]
+        self.row = window_attention(asking, self.keys, scaling=scaling, mask=seen, softcap=softcap).last.mean(1).cpu()
