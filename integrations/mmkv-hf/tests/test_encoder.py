@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import re
 import weakref
 
 import pytest
@@ -346,8 +347,9 @@ class Twice:
 
 def test_what_the_model_cannot_do_is_refused_before_anything_runs(kit):
     model = kit.vlm("llava").model
-    with pytest.raises(TypeError, match="ADSC does not reduce images"):
-        reduce_images(model, ADSC())
+    for wrong in (ADSC(), VisionZip, None):
+        with pytest.raises(TypeError, match=f"{re.escape(repr(wrong))} does not reduce images; a method such as"):
+            reduce_images(model, wrong)
     with pytest.raises(ValueError, match="layer -3 of the vision tower, which has 2"):
         reduce_images(model, Deep())
     model.config.vision_feature_select_strategy = "full"
@@ -393,6 +395,49 @@ def test_what_cannot_work_is_refused_and_the_model_is_as_before(kit):
     grid = kit.vlm("qwen2_vl")
     with pytest.raises(ValueError, match="two tokens at one place"), reduce_images(grid.model, Twice()):
         grid.model.generate(**grid.inputs, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=name_of)
+@pytest.mark.parametrize("family", ["llava", "internvl", "qwen2_vl"])
+def test_pixels_that_are_no_numbers_are_named(kit, family, method):
+    tiny = kit.vlm(family)
+    inputs = {**tiny.inputs, "pixel_values": tiny.inputs["pixel_values"].clone()}
+    inputs["pixel_values"].view(-1)[7] = float("nan")
+    with reduce_images(tiny.model, method):
+        with pytest.raises(ValueError, match="features of these images that are NaN or infinite; look at the pixels"):
+            tiny.model(**inputs)
+        tiny.model(**tiny.inputs)
+
+
+def test_inputs_may_be_given_by_their_place(kit):
+    model, inputs = kit.padded("llava", dtype=F64)
+    names = ("input_ids", "pixel_values", "attention_mask")
+    with reduce_images(model, METHODS[0]) as session, torch.no_grad():
+        wanted = model(**inputs, use_cache=False).logits
+        found = model(*(inputs[name] for name in names), use_cache=False).logits
+        assert session.last is not None
+        assert torch.equal(found, wanted)
+
+
+def test_embeddings_are_taken_as_they_are(kit):
+    """Unless placeholders are among them, whose images come beside."""
+    tiny = kit.vlm("llava", dtype=F64)
+    model, inputs = tiny.model, tiny.inputs
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    text = model.get_input_embeddings()(ids).detach()
+    kinds = (ids == IMAGE).int()
+    with torch.no_grad():
+        features = torch.cat(list(model.get_image_features(pixels).pooler_output))
+        merged = text.masked_scatter(kinds.bool()[..., None], features)
+        plain = model(**inputs, use_cache=False).logits
+        with reduce_images(model, METHODS[0]) as session:
+            assert kit.difference(model(inputs_embeds=merged, use_cache=False).logits, plain) < EXACT
+            assert session.last is None
+            with pytest.raises(ValueError, match=r"embeddings are taken as they are, .* give input_ids"):
+                model(inputs_embeds=merged, mm_token_type_ids=kinds)
+            found = model(inputs_embeds=text, pixel_values=pixels, use_cache=False).logits
+            assert kit.difference(found, model(**inputs, use_cache=False).logits) < EXACT
+            assert session.last is not None
 
 
 def test_a_cache_that_an_error_left_is_counted_as_before(kit, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -59,6 +60,11 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
         raise ValueError(
             f"{type(model).__name__} does not let its attention implementation be set, so mmkv cannot see its keys"
         )
+
+
+def arguments(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a forward pass was given, by name; a hook gets what stands by place without."""
+    return {**dict(zip(signature(model.forward).parameters, args, strict=False)), **kwargs}
 
 
 def modalities(config: Any, input_ids: Tensor | None, token_types: Tensor | None) -> Tensor | None:

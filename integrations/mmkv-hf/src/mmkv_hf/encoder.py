@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from ._compat import modalities
+from ._compat import arguments, modalities
 from .cache import CompressedCache
 from .layers import CompressedLayer
 from .lazy_cache import LazyCache
@@ -47,6 +47,9 @@ def reduce_images(model: PreTrainedModel, method: Reducer) -> ReduceSession:
     at the last that is free; LLaVA-NeXT's line ends stay, Qwen2-VL's positions are kept. In LLaVA-NeXT a place that is
     cut off as padding takes its token with it, and no CLS token goes on.
 
+    Embeddings given in the place of ids are taken as they are: images whose features are in them already are not
+    reduced, and refused where `mm_token_type_ids` beside them tell of vision tokens.
+
     Args:
         model: LLaVA, LLaVA-NeXT, InternVL, Idefics3, SmolVLM or Qwen2-VL.
         method: of mmkv-prune, or your own.
@@ -74,8 +77,12 @@ class ReduceSession(Context):
     """
 
     def __init__(self, model: PreTrainedModel, method: Reducer, *, stages: Sequence[Stage] | None = None) -> None:
-        if not isinstance(method, Reducer) or hasattr(method, "layers"):
-            raise TypeError(f"{type(method).__name__} does not reduce images; methods between layers are for `prune`")
+        is_class = isinstance(method, type)  # which has all that its methods have
+        if is_class or not isinstance(method, Reducer) or hasattr(method, "layers"):
+            raise TypeError(
+                f"{method!r} does not reduce images; a method such as KeepUniform(0.25) does, and methods between "
+                "layers are for `prune`"
+            )
         self.model, self.method = model, method
         self.last: Shortened | None = None
         self._stages = stages
@@ -113,14 +120,23 @@ class ReduceSession(Context):
 
     def _check_images(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Older versions of transformers read a prompt in chunks without its images, and say nothing."""
-        cache = kwargs.get("past_key_values")
+        given = arguments(model, args, kwargs)
+        cache, ids = given.get("past_key_values"), given.get("input_ids")
         self._has_images = False
         if cache is not None and cache.get_seq_length():
             return  # what a model says, and drafts of it, may hold placeholders
-        kinds = modalities(model.config, args[0] if args else kwargs.get("input_ids"), None)
+        kinds = modalities(model.config, ids, given.get("mm_token_type_ids"))
         self._has_images = kinds is not None and bool((kinds > 0).any())
-        if self._has_images and all(kwargs.get(name) is None for name in _IMAGES):
-            raise ValueError("placeholders of images without the images: leave prefill_chunk_size out")
+        if not self._has_images or any(given.get(name) is not None for name in _IMAGES):
+            return
+        if ids is None:
+            raise ValueError(
+                "embeddings are taken as they are, so the images in these cannot be reduced any more: give input_ids "
+                "and the images"
+            )
+        raise ValueError(
+            "placeholders of images without the images: give the images beside them, and leave prefill_chunk_size out"
+        )
 
     def _forget(self, *ignored: Any) -> None:
         self._heard.clear()
@@ -188,6 +204,11 @@ class ReduceSession(Context):
         """What the method sees of features [B, V, C], or [T, C] of images one after another."""
         if not self._heard:
             raise RuntimeError(f"the attention of {type(self._tower).__name__} never went through mmkv")
+        if not bool(features.isfinite().all()):
+            raise ValueError(
+                f"{type(self._tower).__name__} makes features of these images that are NaN or infinite; look at the "
+                "pixels, and at the dtype of the tower"
+            )
         runs = features.ndim == 2
         heard = self._heard if runs else self._heard[-1:]
         patches = sum(len(x.keys) * (x.keys.shape[1] - self._cls) for x in heard)
