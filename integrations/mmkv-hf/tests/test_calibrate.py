@@ -110,6 +110,7 @@ def test_a_picture_is_written(tmp_path):
         (["--epsilon", "0.1", "--mode", "both"], "mode is"),
         (["--epsilon", "0.1", "--over", "text"], "over is"),
         (["--epsilon", "0.1", "--out", "no/plan.json"], "there is no folder no"),
+        (["--epsilon", "0.1", "--out", "."], "cannot write .: it is a folder"),
         (["--epsilon", "0.1"], "not a model name: nowhere/at/all"),
     ],
 )

@@ -113,6 +113,13 @@ def test_a_wrong_page_is_named(tmp_path, line, message):
     assert "Traceback" not in out.output
 
 
+def test_a_folder_is_no_place_for_a_table(tmp_path):
+    path = pages_file(tmp_path, [{"images": ["p.png"], "boxes": [BOX]}])
+    out = run(app, ["profile-heads", "--model", "nowhere", "--pages", str(path), "--out", "."])
+    assert out.exit_code == 1
+    assert "cannot write .: it is a folder" in out.output
+
+
 def prepared(tiny):
     return lambda prompt, images: tiny.inputs
 

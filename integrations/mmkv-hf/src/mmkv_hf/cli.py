@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+from mmkv_pipelines import Stages
+
 try:
     import typer
     from PIL import Image
@@ -28,14 +30,19 @@ def main() -> None:
 
 @app.command()
 def methods() -> None:
-    """Lists the methods a pipeline can name."""
+    """Lists the methods a pipeline can name, and says how they are joined."""
     from mmkv_pipelines import methods as known
 
     table = Table("name", "place", "what it does")
     for method in known():
         table.add_row(method.name, method.kind, method.summary)
     _console.print(table)
-    _console.print('Join names with "+", settings in parentheses: adakv+mixkv+bacon+snapkv(window=16)', markup=False)
+    for line in (
+        'Join names with "+", settings in parentheses: adakv+mixkv+bacon+snapkv(window=16)',
+        'reduce, prune and share are stages of their own; join stages with "|", leaving out what you do not want:',
+        "prumerge | adsc(layers=[2],stride=3) | lazy(plan.json) | adakv+bacon",
+    ):
+        _console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -74,7 +81,13 @@ def profile_layers(
     pages: Annotated[Path, typer.Option(help="JSON Lines of pages with prompts; the format is in the README.")],
     out: Annotated[Path, typer.Option(help="The plan of lazy layers to write.")],
     lazy_share: Annotated[float | None, typer.Option(help="Least share of the layers that become lazy.")] = None,
-    epsilon: Annotated[float | None, typer.Option(help="Instead: neighbours that differ by less are alike.")] = None,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead: neighbours that differ by less (nats) are alike. Where none are, a plan without lazy layers "
+            "is written, with a warning."
+        ),
+    ] = None,
     max_block: Annotated[int, typer.Option(help="Most layers of a block.")] = 5,
     mode: Annotated[str, typer.Option(help="visual or global.")] = "visual",
     over: Annotated[str, typer.Option(help="Tokens compared: all or vision.")] = "all",
@@ -97,13 +110,18 @@ def _clear_errors() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
+def _warn(text: str) -> None:
+    Console(stderr=True).print("[bold yellow]warning:[/]", escape(text), soft_wrap=True)
+
+
 def _profile_heads(name: str, pages: Path, out: Path, limit: int | None, max_new_tokens: int) -> None:
     from transformers import AutoModelForImageTextToText
 
+    from .plot import check_file
     from .profile import profile_heads, read_pages
 
     labelled = read_pages(pages)[:limit]
-    _check_folder(out)
+    check_file(out)
     processor = _processor(name)
     model = AutoModelForImageTextToText.from_pretrained(name)
     scores = profile_heads(
@@ -122,9 +140,8 @@ def _generate(
 ) -> None:
     from transformers import AutoModelForImageTextToText
 
-    from . import Stages, compress
+    from . import compress
     from .cache import checked_budget
-    from .plot import check_target
     from .session import evicting
 
     method = Stages.parse(pipeline)  # what is wrong is said before the weights are read
@@ -132,13 +149,13 @@ def _generate(
     if not prompt.strip():
         raise ValueError("the prompt is empty")
     if plot is not None:
-        check_target(plot)
-        if not paths:
-            raise ValueError("--plot draws the kept tokens of images; give --image too")
+        _check_plot(plot, paths, method)
     images = [Image.open(path).convert("RGB") for path in paths]
     processor = _processor(name)
     model = AutoModelForImageTextToText.from_pretrained(name)
     inputs = _inputs(processor, prompt, images).to(model.device)
+    if plot is not None:
+        _check_grids(model.config, inputs)
     with compress(model, method, size) as session:
         out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     answer = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
@@ -149,41 +166,67 @@ def _generate(
         _console.print(f"wrote {plot}", markup=False)
 
 
+def _check_plot(plot: Path, images: list[Path], method: Stages) -> None:
+    """Refuses a picture that could not be drawn once the answer is there."""
+    from .plot import check_target
+
+    check_target(plot)
+    if not images:
+        raise ValueError("--plot draws the kept tokens of images; give --image too")
+    if method.reduce is not None:
+        raise ValueError(
+            f"--plot draws the tokens of an image at their places, which nobody knows any more behind a method that "
+            f"reduces images, {type(method.reduce).__name__}; leave one of the two out"
+        )
+
+
+def _check_grids(config: Any, inputs: Any) -> None:
+    """Refuses to draw images whose tokens are no grid."""
+    from ._compat import modalities
+    from .grids import known_grids
+
+    kinds = modalities(config, inputs["input_ids"], inputs.get("mm_token_type_ids"))
+    if known_grids(config, kinds, inputs) == [[]]:
+        raise ValueError(
+            "--plot draws plain grids, and the vision tokens of this model are none (tiles, line ends or video); leave "
+            "it out"
+        )
+
+
 def _profile_layers(
     name: str, pages: Path, out: Path, wanted: dict[str, Any], over: str, limit: int | None, plot: Path | None
 ) -> None:
     from mmkv_layershare import LN2, plan_lazy_layers
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
     from .calibrate import plot_divergences, profile_layers
     from .kinds import layer_kinds
-    from .plot import check_target
+    from .plot import check_file, check_target
     from .profile import read_pages
 
     plan_lazy_layers([0.0] * 99, **wanted)  # says what is wrong with the settings before the weights are read
     if over not in ("all", "vision"):
         raise ValueError(f"over is 'all' or 'vision', not {over!r}")
     labelled = read_pages(pages)[:limit]
-    _check_folder(out)
+    check_file(out)
     if plot is not None:
         check_target(plot)
-    processor, model = _processor(name), AutoModelForImageTextToText.from_pretrained(name)
+    processor, kinds = _processor(name), layer_kinds(AutoConfig.from_pretrained(name))
+    plan_lazy_layers([0.0] * (len(kinds) - 1), kinds=kinds, **wanted)  # and what these layers cannot do
+    model = AutoModelForImageTextToText.from_pretrained(name)
     prompts = (_inputs(processor, page.prompt, page.opened()).to(model.device) for page in labelled)
     bar = track(prompts, total=len(labelled), description="pages", console=Console(stderr=True))
     matrix = profile_layers(model, bar, over=over)  # type: ignore[arg-type]
     steps = matrix.diagonal(1).nan_to_num(LN2)
-    plan = plan_lazy_layers(steps, kinds=layer_kinds(model), model=name, **wanted)
+    plan = plan_lazy_layers(steps, kinds=kinds, model=name, **wanted)
     plan.save(out)
+    if not plan.lazy:
+        _warn(f"no layer is lazy: neighbours differ by {float(steps.min()):.2g} nats or more; raise --epsilon")
     _console.print(
         f"wrote {out}: {len(plan.lazy)} of {plan.num_layers} layers lazy, blocks {plan.blocks}", markup=False
     )
     if plot is not None:
         _console.print(f"wrote {plot_divergences(matrix, plot, plan)}", markup=False)
-
-
-def _check_folder(out: Path) -> None:
-    if not out.parent.is_dir():
-        raise ValueError(f"cannot write {out}: there is no folder {out.parent}")
 
 
 def _processor(name: str) -> Any:

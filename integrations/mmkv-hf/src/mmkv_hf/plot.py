@@ -85,12 +85,23 @@ def check_target(path: str | Path) -> None:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
         raise ImportError("plotting needs matplotlib; install mmkv-hf[plot]") from error
+    check_file(path)
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if Path(path).suffix[1:].lower() not in known:
+        raise ValueError(f"cannot write {path}: the suffix is one of .{', .'.join(known)}")
+
+
+def check_file(path: str | Path) -> None:
+    """Refuses a path at which no file could be written in the end.
+
+    Raises:
+        ValueError: no such folder, or a folder itself.
+    """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder")
     if not path.parent.is_dir():
         raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
-    known = sorted(FigureCanvasBase.get_supported_filetypes())
-    if path.suffix[1:].lower() not in known:
-        raise ValueError(f"cannot write {path}: the suffix is one of .{', .'.join(known)}")
 
 
 def _vision_columns(report: Report, row: int) -> list[int]:
