@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._compat import modalities
-from .plot import Grid, known_grids
+from .grids import Grid, known_grids
 
 
 class Asked(NamedTuple):

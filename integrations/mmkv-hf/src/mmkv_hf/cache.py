@@ -15,7 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ._compat import cross_layers, is_full_attention, last_readers, template_layers, text_config
 from .cross import CrossLayer
 from .follower import FollowerLayer
-from .kinds import layer_kinds
+from .kinds import check_plan
 from .layers import CompressedLayer
 from .request import Group, Request
 from .shortened import Shortened, shortened_of
@@ -202,7 +202,7 @@ def make_layers(
         ValueError: there is none that can be compressed, a table was made for another model, or the plan was.
     """
     if plan is not None:
-        plan.check(layer_kinds(config))
+        check_plan(plan, config)
     lazy = () if plan is None else plan.lazy
     template, cross, readers = template_layers(config), cross_layers(config), last_readers(config)
     own = [i for i, layer in enumerate(template) if is_full_attention(layer) and i not in cross and i not in lazy]

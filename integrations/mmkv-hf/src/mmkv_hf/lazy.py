@@ -16,8 +16,8 @@ from mmkv_layershare import LazyPlan
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ._compat import attributes_set, modalities, recomputes
-from .kinds import layer_kinds
+from ._compat import arguments, attributes_set, modalities, recomputes
+from .kinds import check_plan
 from .lazy_cache import BlockLayer, Layout, LazyCache, arrives_at_once
 from .opened import Opened, at_work
 from .shortened import Shortened
@@ -165,7 +165,7 @@ class Borrowing:
     """
 
     def __init__(self, model: PreTrainedModel, plan: LazyPlan, *, skip_projections: bool = False) -> None:
-        plan.check(layer_kinds(model))
+        check_plan(plan, model)
         self.model, self.plan, self.skip_projections = model, plan, skip_projections
         for layer in plan.lazy if skip_projections else ():
             _attention_of(model, layer)  # says now what would fail later
@@ -191,8 +191,9 @@ class Borrowing:
         model = self.model
         if model.training and recomputes(model):
             raise RuntimeError("gradient checkpointing runs layers anew, out of the order lazy layers borrow in")
+        kwargs = arguments(base, args, kwargs)
         cache, mask, visual = kwargs.get("past_key_values"), kwargs.get("attention_mask"), self.plan.mode == "visual"
-        new = self._new(model, args[0] if args else kwargs.get("input_ids"), kwargs)
+        new = self._new(model, kwargs.get("input_ids"), kwargs)
         if isinstance(cache, VisionCache):
             if visual and new is not None:
                 cache.vision.extend(new)
@@ -257,6 +258,7 @@ def share(model: PreTrainedModel, plan: LazyPlan, *, skip_projections: bool = Fa
             multiplications; parameters have other names meanwhile, so do not save the model inside the session.
 
     Raises:
+        TypeError: no plan.
         ValueError: the plan does not fit the model: another number of layers, or a block of layers that cannot share;
             or there are no separate projections to skip.
     """

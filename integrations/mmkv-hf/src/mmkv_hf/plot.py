@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .grids import Grid as Grid
-from .grids import known_grids as known_grids
-from .grids import runs
+from .grids import Grid, runs
 
 if TYPE_CHECKING:
     from .report import Report

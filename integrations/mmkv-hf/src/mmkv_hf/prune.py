@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ._compat import (
+    arguments,
     attributes_set,
     cross_layers,
     is_full_attention,
@@ -30,10 +31,10 @@ from ._compat import (
 )
 from .asked import Asked
 from .cache import CompressedCache
+from .grids import Grid, known_grids
 from .layers import CompressedLayer
 from .lazy_cache import LazyCache
 from .opened import Opened, at_work
-from .plot import Grid, known_grids
 from .shortened import Shortened
 from .survivors import (
     HELD,
@@ -133,11 +134,11 @@ class PruneSession(Opened):
     def _begin(
         self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self._reading, self._begun = None, True
+        self._reading, self._begun, kwargs = None, True, arguments(base, args, kwargs)
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         self._check_pass(cache, mask)
         self._mask = None if mask is None else mask.bool()
-        kinds = self._kinds(args, kwargs)
+        kinds = self._kinds(kwargs)
         if "mm_token_type_ids" not in inspect.signature(base.forward).parameters:
             kwargs = {name: value for name, value in kwargs.items() if name != "mm_token_type_ids"}
         past = 0 if cache is None else cache.get_seq_length()
@@ -148,7 +149,7 @@ class PruneSession(Opened):
             if past:
                 raise ValueError(_IN_PARTS)
             self._read(kinds, cache, kwargs)
-        return args, kwargs
+        return (), kwargs
 
     def _check_pass(self, cache: Any, mask: Any) -> None:
         """Refuses what pruned layers cannot work with."""
@@ -168,12 +169,11 @@ class PruneSession(Opened):
         if mask is not None and not isinstance(mask, Tensor):
             raise ValueError(f"pruning reads an attention mask [B, N], not a {type(mask).__name__}")
 
-    def _kinds(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _kinds(self, inputs: dict[str, Any]) -> Tensor:
         """[B, n] int8, what the tokens of this pass are."""
-        ids = args[0] if args else kwargs.get("input_ids")
-        kinds = modalities(self.model.config, ids, kwargs.get("mm_token_type_ids"))
+        kinds = modalities(self.model.config, inputs.get("input_ids"), inputs.get("mm_token_type_ids"))
         if kinds is None and self._asked is not None:
-            kinds = self._asked.kinds_for(kwargs["inputs_embeds"])
+            kinds = self._asked.kinds_for(inputs["inputs_embeds"])
         if kinds is None:
             raise ValueError(
                 "pruning has to know the vision tokens: pass input_ids, or mm_token_type_ids beside embeddings"

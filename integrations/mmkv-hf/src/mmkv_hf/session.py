@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from ._compat import CHUNKS_LATER_TURNS, attributes_set, modalities, text_config
 from .cache import CompressedCache, checked_budget, make_layers
 from .encoder import ReduceSession
+from .grids import Grid, known_grids
 from .lazy import Borrowing
 from .opened import Opened
-from .plot import Grid, known_grids
 from .prune import PruneSession
 from .report import Report, make_report
 from .request import Request

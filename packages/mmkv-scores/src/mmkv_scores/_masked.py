@@ -50,3 +50,8 @@ def check_kernel(kernel: int, name: str) -> None:
     """Raises ValueError unless `kernel` is odd and positive: an even one has no centre and shifts the scores."""
     if kernel < 1 or kernel % 2 == 0:
         raise ValueError(f"{name}: the kernel must be odd and positive, got {kernel}")
+
+
+def entry_norms(cache: Tensor, valid: Tensor) -> Tensor:
+    """L2 norms [B, H, N], float32, of keys or values [B, H, N, D]; 0 where not valid [B, H or 1, N]."""
+    return torch.linalg.vector_norm(cache, dim=-1, dtype=torch.float32).masked_fill_(~valid, 0.0)

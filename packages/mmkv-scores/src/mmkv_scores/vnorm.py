@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mmkv_kernels import key_statistics
 from torch import Tensor
 
+from ._masked import entry_norms
 from .trace import Trace
 from .types import Observation, Scores
 
@@ -21,5 +21,5 @@ class VNorm:
 
     def __call__(self, seen: Observation, capacity: Tensor, trace: Trace) -> Scores:
         """Scores of one layer; `capacity` and `trace` are not used."""
-        score = key_statistics(seen.keys, seen.values, valid=seen.valid).value_norms
+        score = entry_norms(seen.values, seen.valid)
         return Scores(rank=score, backbone=score)
