@@ -172,7 +172,21 @@ def accounting(session: nox.Session) -> None:
 def lazy(session: nox.Session) -> None:
     """Speed of lazy layers beside the plain model; ten minutes on one core, better a quiet one."""
     install(session)
-    session.run("python", "benchmarks/speed/lazy.py", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    session.run("python", "-m", "mmkv_speed", "lazy", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def speed(session: nox.Session) -> None:
+    """Speed on the CPU beside kvpress, which gets an environment of its own; 20 minutes, better on a quiet machine."""
+    install(session)
+    peer = pathlib.Path(session.virtualenv.location) / "peer"
+    python = str(peer / "bin" / "python")
+    if not peer.exists():
+        session.run("python", "-m", "venv", str(peer))
+    pins = str(FOLDER["mmkv-speed"] / "peer-constraints.txt")
+    session.run(python, "-m", "pip", "install", "-q", TORCH, external=True)
+    session.run(python, "-m", "pip", "install", "-q", TORCH, "kvpress", "-c", pins, external=True)
+    session.run("python", "-m", "mmkv_speed", "cpu", "--peer", python, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session
