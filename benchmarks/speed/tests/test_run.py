@@ -100,6 +100,15 @@ def test_a_part_without_time_is_skipped_and_said():
     assert "tiny Qwen2: not measured, no time left." in page
 
 
+def test_a_model_that_fails_is_said_and_the_rest_stays(monkeypatch, tmp_path):
+    def broken(*_):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr("mmkv_speed.whole._measure", broken)
+    page = gpu.run(gpu.Settings("cpu", tiny=True, parts=("checks", "models"), out=tmp_path), lambda text: None)
+    assert "tiny Mistral: not measured, fails: no such kernel." in page
+
+
 def test_padded_and_ragged_caches_answer_alike():
     from mmkv_hf import compress
     from mmkv_speed import whole

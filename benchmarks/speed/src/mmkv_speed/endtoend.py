@@ -15,7 +15,7 @@ CEILING: Final = "ceiling"
 SHORT: Final = 16
 """Tokens of the prompt behind the ceiling: a step reads next to nothing but weights."""
 BARE: Final = "random"
-"""What a method costs here that computes no score: what is left is choosing and copying."""
+"""A method that looks at no keys: what it costs is choosing and copying."""
 _APART: Final = 1e-3
 _POSITIONS: Final = 1.01
 """Beside keys and values we hold 4 bytes per pair for its position, and both hold what was decoded."""
@@ -132,7 +132,7 @@ def _overhead(given: Answers, method: str, other: str, ratio: float, limit: floa
     def why() -> str:
         over = 1000 * (statistics.median(mine) - limit * statistics.median(beside))
         bare = overheads(given, ("ours", BARE, ratio))
-        base = f"; our {BARE}, which computes no score, takes {1000 * statistics.median(bare):.1f} ms" if bare else ""
+        base = f"; our {BARE}, which looks at no keys, takes {1000 * statistics.median(bare):.1f} ms" if bare else ""
         return f"{over:.1f} ms too much over all layers{'' if method == BARE else base}"
 
     name = f"overhead, {method} / kvpress {other}, {ratio:g} removed"
@@ -162,8 +162,13 @@ def even_nothing(ceiling: Sequence[float], mine: Sequence[float], beside: Sequen
 
 def _like_uniform(given: Answers, ratio: float) -> Target:
     mine, beside = (speeds(given, ("ours", method, ratio)) for method in ("adakv", "snapkv"))
+
+    def why() -> str:
+        longer = 1000 * (1 / statistics.median(mine) - 1 / statistics.median(beside))
+        return f"heads of different lengths take {longer:.1f} ms a step more than equal ones"
+
     name = f"decode, adakv / our snapkv, {ratio:g} removed"
-    return compared(name, 0.9, at_most=False, mine=mine, other=beside, show=per_second)
+    return compared(name, 0.9, at_most=False, mine=mine, other=beside, show=per_second, why=why)
 
 
 def _bytes(given: Answers, ratio: float) -> Target:

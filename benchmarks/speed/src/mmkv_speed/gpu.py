@@ -60,12 +60,19 @@ def run(settings: Settings, say: Callable[[str], None]) -> str:
         check_writable(settings.out)
     start = time.monotonic()
     found: dict[str, Any] = {"machine": None, "checks": None, "operators": [], "models": []}
+    page = ""
     for part in (part for part in PARTS if part in settings.parts):
         left = 60 * settings.minutes - (time.monotonic() - start)
         rest = sum(_SHARES[other] for other in settings.parts if PARTS.index(other) >= PARTS.index(part))
         say(f"{part}: {left * _SHARES[part] / rest:.0f} s at most")
         _MEASURES[part](settings, Deadline(left * _SHARES[part] / rest), found)
-    facts = _facts(settings, time.monotonic() - start)
+        page = _page(settings, found, time.monotonic() - start)  # whatever happens later, this part is on it
+    return page
+
+
+def _page(settings: Settings, found: Mapping[str, Any], wall: float) -> str:
+    """The page of what is there so far, written if there is a place for it."""
+    facts = _facts(settings, wall)
     if settings.out is None:
         return gpu_page.render(found, facts, None)
     name = file_name(settings)

@@ -113,6 +113,8 @@ def run(geometry: Geometry, size: Size, dtype: torch.dtype, device: str, deadlin
         return found | _measure(geometry, size, dtype, device, deadline)
     except torch.cuda.OutOfMemoryError:
         return found | {"why": "does not fit"}
+    except Exception as failure:  # said on the page; what else was measured stays
+        return found | {"why": f"fails: {failure}"}
     finally:
         gc.collect()
         if device.startswith("cuda"):
