@@ -8,7 +8,7 @@ from pathlib import Path
 import mmkv_speed
 import pytest
 import torch
-from mmkv_speed import cpu, gpu, growth, imports, limits, sides
+from mmkv_speed import cpu, endtoend, gpu, growth, imports, limits, sides
 from mmkv_speed.cli import app
 from mmkv_speed.model import make_layer, make_model, make_prompt
 from mmkv_speed.ours import Ours
@@ -253,6 +253,14 @@ def test_what_kvpress_s_worker_imports_needs_nothing_of_ours():
         assert not re.search(r"^\s*(from|import) mmkv_", source, re.MULTILINE), name
         queue += [found for found in re.findall(r"^\s*from \.(\w+) import", source, re.MULTILINE) if found not in seen]
     assert {"machine", "model", "sides", "methods"} <= seen
+
+
+def test_every_round_asks_for_the_same_in_an_order_of_its_own():
+    rounds = [list(endtoend.jobs(n, (0.5, 0.9), ("ours", "peer"))) for n in range(3)]
+    assert len({tuple(round_) for round_ in rounds}) == 3
+    assert set(rounds[0]) == set(rounds[1]) == set(rounds[2])
+    assert len(rounds[0]) == len(set(rounds[0])) == 2 * (2 + 2 * 8) + 2 * 3
+    assert rounds == [list(endtoend.jobs(n, (0.5, 0.9), ("ours", "peer"))) for n in range(3)]  # a run can go on
 
 
 def test_growth_covers_what_was_asked():

@@ -87,7 +87,8 @@ def test_overheads_by_hand(made_up):
 
 def test_sides_that_did_different_work_are_refused(made_up):
     rounds = made_up()
-    next(o for o in rounds[0] if (o["side"], o["method"]) == ("peer", "snapkv"))["run"]["attended"] = 99
+    wanted = ("peer", "snapkv", 0.5)
+    next(o for o in rounds[0] if (o["side"], o["method"], o["removed"]) == wanted)["run"]["attended"] = 99
     with pytest.raises(ValueError, match=r"snapkv at 0\.5: 100 and 99 KV pairs are attended to"):
         endtoend.check(endtoend.answers(rounds))
     rounds = made_up()

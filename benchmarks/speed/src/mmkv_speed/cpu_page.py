@@ -8,6 +8,7 @@ from typing import Any, Final
 from . import endtoend, growth, imports, limits
 from .endtoend import CEILING, Answers, Key, overheads, speeds
 from .markdown import picture, section, table
+from .methods import BY_NAME
 from .operators import Shape, without_case
 from .processes import NAMES
 from .sides import NONE
@@ -101,7 +102,7 @@ def _requests(given: Answers, pictures: Mapping[str, str]) -> list[str]:
 
 
 def _request_rows(given: Answers) -> Iterator[list[str]]:
-    names = list(dict.fromkeys(method for _, method, _ in given))
+    names = [NONE, CEILING, *BY_NAME]
     for key in sorted(given, key=lambda key: (key[2], names.index(key[1]), key[0])):
         if key[1] != CEILING:
             yield _request_row(given, key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -26,9 +27,13 @@ Ask = Callable[[str, dict[str, Any]], dict[str, Any]]
 
 
 def jobs(round_: int, ratios: Sequence[float], sides: Sequence[str]) -> Iterator[Key]:
-    """Every configuration once; the sides alternate, and so does which of them goes first."""
+    """Every configuration once; the sides alternate, and so does which of them goes first.
+
+    The order is drawn anew for every round: what a run finds in the allocator depends on the one before it.
+    """
     order = sides if round_ % 2 == 0 else sides[::-1]
-    for method, ratio in [(NONE, 0.0), (CEILING, 0.0), *((m.name, r) for r in ratios for m in METHODS)]:
+    wanted = [(NONE, 0.0), (CEILING, 0.0), *((m.name, r) for r in ratios for m in METHODS)]
+    for method, ratio in random.Random(round_).sample(wanted, len(wanted)):
         yield from ((side, method, ratio) for side in order if side == "ours" or _peer_has(method))
 
 
