@@ -20,6 +20,9 @@ KERNELS = {
     "window_attention_sum_kernel",
     "ragged_attention_part_kernel",
     "ragged_attention_merge_kernel",
+    "head_topk_cut_kernel",
+    "head_topk_count_kernel",
+    "head_topk_write_kernel",
 }
 
 

@@ -11,22 +11,23 @@ torch), "reference" (plain torch) or "triton" (or an error that says why not).
 from .columns import column_sums
 from .dense import dense_attention
 from .gather import Gathered, gather_kv
-from .kth import kth_largest
 from .merge import AttentionOutput, merge_attention
 from .ragged import ragged_attention
 from .statistics import KeyStatistics, key_statistics
+from .topk import HeadTopK, head_topk
 from .window import WindowAttention, window_attention
 
 __all__ = [
     "AttentionOutput",
     "Gathered",
+    "HeadTopK",
     "KeyStatistics",
     "WindowAttention",
     "column_sums",
     "dense_attention",
     "gather_kv",
+    "head_topk",
     "key_statistics",
-    "kth_largest",
     "merge_attention",
     "ragged_attention",
     "window_attention",

@@ -59,6 +59,12 @@ def floats(**tensors: Tensor) -> None:
             raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {tensor.dtype}")
 
 
+def integers(name: str, tensor: Tensor) -> None:
+    """Requires int64."""
+    if tensor.dtype != int64:
+        raise TypeError(f"{name} must be int64, got {tensor.dtype}")
+
+
 def wide(stored: dtype) -> dtype:
     """What attention over values stored as `stored` is computed in: float32, or float64 for float64."""
     return promote_types(stored, float32)
@@ -72,8 +78,7 @@ def positive_softcap(softcap: float | None) -> None:
 
 def segment_lengths(name: str, cu_seqlens: Tensor, segments: int, total: int) -> list[int]:
     """Lengths of the segments on the host; `cu_seqlens` must be int64 [segments + 1], rising from 0 to `total`."""
-    if cu_seqlens.dtype != int64:
-        raise TypeError(f"{name} must be int64, got {cu_seqlens.dtype}")
+    integers(name, cu_seqlens)
     if cu_seqlens.shape != (segments + 1,):
         raise ValueError(f"{name} must be [B * H + 1] = [{segments + 1}], got shape {list(cu_seqlens.shape)}")
     bounds = _on_host(cu_seqlens)

@@ -1,4 +1,4 @@
-"""`select`, `top_candidates` and `Select.protected` against plain sorts."""
+"""`select` and `Select.protected` against plain sorts."""
 
 import math
 from itertools import pairwise
@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmkv_select import Select, select, top_candidates
+from mmkv_select import Select, select
 
 NAN, INF = math.nan, math.inf
 
@@ -55,16 +55,6 @@ def test_select_against_brute_force(layer, granularity):
     kept = select(*layer, granularity=granularity)
     assert per_head(kept) == brute_force(*layer, granularity=granularity)
     assert kept.size == layer[0].shape[-1]
-
-
-@settings(deadline=None, max_examples=200)
-@given(layers())
-def test_top_candidates_against_brute_force(layer):
-    rank, counts, is_candidate, protected = layer
-    found = top_candidates(rank, counts, is_candidate)
-    assert found.shape == rank.shape
-    expected = brute_force(rank, counts, is_candidate, torch.zeros_like(protected))
-    assert [row.nonzero().flatten().tolist() for row in found.flatten(0, 1)] == expected
 
 
 @settings(deadline=None)

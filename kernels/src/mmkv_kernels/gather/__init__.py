@@ -44,8 +44,7 @@ def gather_kv(
     dims.bind("columns", columns, "T")
     dims.beside("cu_seqlens", cu_seqlens)
     _checks.floats(keys=keys, values=values)
-    if columns.dtype != torch.int64:
-        raise TypeError(f"columns must be int64, got {columns.dtype}")
+    _checks.integers("columns", columns)
     if prefix is not None:
         dims.bind("prefix keys", prefix[0], "P D")
         dims.bind("prefix values", prefix[1], "P Dv")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from mmkv_kernels import kth_largest
+from mmkv_kernels import head_topk
 from torch import Tensor
 
 from ._apportion import floor_times
@@ -133,17 +133,8 @@ def _without_best(scores: Tensor, best: Tensor, safe: Tensor) -> Tensor:
 
 
 def _won(scores: Tensor, total: Tensor) -> Tensor:
-    """How many of the `total` `[B]` best of `scores` `[B, H, N]` each head holds, `[B, H]`; ties by head, then slot.
-
-    The cut's value is enough: what lies above it is in, and ties at it are filled head by head.
-    """
-    if scores.shape[-1] == 0:
-        return torch.zeros(scores.shape[:2], dtype=torch.int64, device=scores.device)
-    cut = kth_largest(scores.flatten(1).unsqueeze(1), total.clamp(min=1).unsqueeze(1))
-    above = torch.count_nonzero(scores > cut, dim=-1)
-    tied = torch.count_nonzero(scores == cut, dim=-1)
-    left = (total - above.sum(-1)).unsqueeze(-1) - (tied.cumsum(-1) - tied)
-    return above + torch.minimum(left.clamp(min=0), tied)
+    """How many of the `total` `[B]` best of `scores` `[B, H, N]` each head holds, `[B, H]`; ties by head, then slot."""
+    return head_topk(scores, total).cu_seqlens.diff().view(scores.shape[:2])
 
 
 def _blend(won: Tensor, sizes: Tensor, capacity: Tensor, minimum: Tensor, floor: float) -> Tensor:

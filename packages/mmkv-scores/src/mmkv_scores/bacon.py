@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from mmkv_kernels import kth_largest
+from mmkv_kernels._kth import kth_largest
 from torch import Tensor
 
 from ._masked import EPS, check_kernel, masked_mean, neighbourhood_mean, pool

@@ -2,6 +2,6 @@
 
 from .kept import Kept
 from .ragged import RaggedKV, compact
-from .select import Select, select, top_candidates
+from .select import Select, select
 
-__all__ = ["Kept", "RaggedKV", "Select", "compact", "select", "top_candidates"]
+__all__ = ["Kept", "RaggedKV", "Select", "compact", "select"]

@@ -29,7 +29,8 @@ class Kept:
         """Kept entries from a mask [B, H, N] bool."""
         lengths = mask.sum(-1)
         cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.flatten().cumsum(0)])
-        return cls(mask.nonzero()[:, 2], cu_seqlens, lengths, mask.shape[-1])
+        columns = mask.flatten().nonzero().squeeze(1).remainder_(max(1, mask.shape[-1]))  # [:, 2] would keep all three
+        return cls(columns, cu_seqlens, lengths, mask.shape[-1])
 
     def below(self, column: int) -> Kept:
         """The kept entries whose index is below `column`."""

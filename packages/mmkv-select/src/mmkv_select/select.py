@@ -7,7 +7,7 @@ from types import NoneType
 from typing import Any, Literal
 
 import torch
-from mmkv_kernels import kth_largest
+from mmkv_kernels import head_topk
 from torch import Tensor
 
 from .kept import Kept
@@ -85,27 +85,8 @@ def select(rank: Tensor, counts: Tensor, is_candidate: Tensor, protected: Tensor
         spare = (counts + protected.sum(-1)) % granularity
         rounded = (counts - spare).clamp(min=0)
         counts = torch.where(counts < is_candidate.sum(-1), rounded, counts)
-    return Kept.from_mask(top_candidates(rank, counts, is_candidate) | protected)
-
-
-def top_candidates(rank: Tensor, counts: Tensor, is_candidate: Tensor) -> Tensor:
-    """[B, H, N] bool: the `counts` [B, H] highest-ranking candidates of each head; ties go to the lower index.
-
-    Args:
-        rank: [B, H, N] float32, finite on the candidates.
-        counts: [B, H] int64, clamped to the candidates there are.
-        is_candidate: [B, H or 1, N] bool.
-    """
-    size = min(int(counts.max()) if counts.numel() else 0, rank.shape[-1])
-    if size == 0:
-        return torch.zeros_like(rank, dtype=torch.bool)
-    score = rank.masked_fill(~is_candidate, -torch.inf)
-    cut = kth_largest(score, counts.clamp(min=1, max=rank.shape[-1]))
-    above = score > cut
-    tied = (score == cut) & is_candidate
-    room = counts[..., None] - above.sum(-1, keepdim=True)
-    chosen = above | (tied & (tied.cumsum(-1) <= room))
-    return chosen & (counts > 0)[..., None]
+    columns, cu_seqlens = head_topk(rank, counts, candidates=is_candidate, always=protected)
+    return Kept(columns, cu_seqlens, cu_seqlens.diff().view(counts.shape), rank.shape[-1])
 
 
 _TYPES: dict[object, tuple[type, ...]] = {"int": (int,), "int | None": (int, NoneType)}
