@@ -95,14 +95,27 @@ def call_topk(size, dtype):
     operator("topk")(scores, torch.zeros(1, dtype=torch.int64), mask, mask)
 
 
+def call_bacon(size, dtype):
+    x, mask, sizes = torch.zeros(1, 2, 64), torch.ones(1, 1, 64, dtype=torch.bool), torch.zeros(1, dtype=torch.int64)
+    operator("bacon")(x, x, x, mask, sizes, "elt", 2, "padded", 0.5, True)
+    operator("bacon")(x, x, x, mask, sizes, "elt", 2, "supported", 0.5, False)
+
+
+def call_mixkv(size, dtype):
+    x, head = torch.zeros(1, 2, 64), torch.zeros(1, 2)
+    operator("mixkv")(x, x, x, head, head, torch.ones(1, 1, 64, dtype=torch.bool))
+
+
 CALLS = {
     "statistics": call_statistics,
     "gather": call_gather,
     "window": call_window,
     "ragged": call_ragged,
     "topk": call_topk,
+    "bacon": call_bacon,
+    "mixkv": call_mixkv,
 }
-OF_HEADS = {"topk"}  # the size of a head says nothing to these: they are compiled once
+OF_SCORES = {"topk", "bacon", "mixkv"}  # the size of a head says nothing to these: they are compiled once
 
 
 def operator(folder):
@@ -143,7 +156,7 @@ def compile_all(cases):
     torch.Tensor.new_empty = torch.Tensor.new_zeros  # no kernel runs, and hosts read what they would have written
     for (target, size), (folder, call), dtype in itertools.product(cases, CALLS.items(), DTYPES):
         driver.device = list(TARGETS).index(target)
-        if folder in OF_HEADS and (size, dtype) != (128, torch.float32):
+        if folder in OF_SCORES and (size, dtype) != (128, torch.float32):
             continue
         call(size, dtype)
         for kernel in kernels(folder, driver.device):

@@ -23,6 +23,9 @@ KERNELS = {
     "head_topk_cut_kernel",
     "head_topk_count_kernel",
     "head_topk_write_kernel",
+    "bacon_terms_kernel",
+    "bacon_score_kernel",
+    "mixkv_mix_kernel",
 }
 
 

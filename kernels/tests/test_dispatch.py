@@ -5,7 +5,16 @@ import importlib.util
 
 import pytest
 import torch
-from mmkv_kernels import _checks, gather_kv, head_topk, key_statistics, ragged_attention, window_attention
+from mmkv_kernels import (
+    _checks,
+    bacon_calibrate,
+    gather_kv,
+    head_topk,
+    key_statistics,
+    mixkv_mix,
+    ragged_attention,
+    window_attention,
+)
 
 OFFSETS = torch.tensor([0, 5, 9])
 
@@ -15,6 +24,7 @@ def inputs(kit, size=16, dtype=torch.float32):
     keys, values = kit.randn(1, 2, 9, size, dtype=dtype), kit.randn(1, 2, 9, size, dtype=dtype, seed=1)
     queries = kit.randn(1, 4, 1, size, dtype=dtype, seed=2)
     columns = torch.arange(9) % 5
+    seen = keys[..., 0].float(), keys[..., 1].float(), keys[..., 2].float()
     return {
         "key_statistics": (key_statistics, (keys, values), {}),
         "window_attention": (window_attention, (queries, keys), {"scaling": 0.3}),
@@ -25,11 +35,14 @@ def inputs(kit, size=16, dtype=torch.float32):
             {"scaling": 0.3},
         ),
         "head_topk": (head_topk, (keys[..., 0], torch.tensor([[3, 2]])), {}),
+        "bacon_calibrate": (bacon_calibrate, (*seen, torch.ones(1, 1, 9).bool(), torch.tensor([3])), {}),
+        "mixkv_mix": (mixkv_mix, (*seen, seen[0][..., 0], seen[1][..., 0], torch.ones(1, 1, 9).bool()), {}),
     }
 
 
 OF_CACHES = ["key_statistics", "window_attention", "gather_kv", "ragged_attention"]
-NAMES = [*OF_CACHES, "head_topk"]
+OF_SCORES = ["bacon_calibrate", "mixkv_mix"]
+NAMES = [*OF_CACHES, "head_topk", *OF_SCORES]
 
 
 def call(kit, name, impl, **changes):
@@ -57,8 +70,9 @@ def test_what_triton_cannot_do_is_an_error(kit, name, monkeypatch):
         call(kit, name, "triton")
     monkeypatch.undo()
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match=r"got torch\.float64"):
-            call(kit, name, "triton", dtype=torch.float64)
+        if name not in OF_SCORES:
+            with pytest.raises(ValueError, match=r"got torch\.float64"):
+                call(kit, name, "triton", dtype=torch.float64)
         if name in OF_CACHES:
             with pytest.raises(ValueError, match="from 1 to 256"):
                 call(kit, name, "triton", size=257)
@@ -85,6 +99,8 @@ def test_fakes_are_like_the_results(kit, name):
         "gather_kv": (None, None, None),
         "ragged_attention": (None, None, 0.3, None, True),
         "head_topk": (None, None),
+        "bacon_calibrate": ("elt", 2, "padded", "own", 0.5, True),
+        "mixkv_mix": (),
     }[name]
     torch.library.opcheck(getattr(torch.ops.mmkv_kernels, f"_{name}").default, (*tensors, *rest, "auto"))
 

@@ -8,10 +8,12 @@ Operators with Triton kernels take `impl`: "auto" (Triton on GPUs where it is in
 torch), "reference" (plain torch) or "triton" (or an error that says why not).
 """
 
+from .bacon import Calibration, bacon_calibrate
 from .columns import column_sums
 from .dense import dense_attention
 from .gather import Gathered, gather_kv
 from .merge import AttentionOutput, merge_attention
+from .mixkv import mixkv_mix
 from .ragged import ragged_attention
 from .statistics import KeyStatistics, key_statistics
 from .topk import HeadTopK, head_topk
@@ -19,16 +21,19 @@ from .window import WindowAttention, window_attention
 
 __all__ = [
     "AttentionOutput",
+    "Calibration",
     "Gathered",
     "HeadTopK",
     "KeyStatistics",
     "WindowAttention",
+    "bacon_calibrate",
     "column_sums",
     "dense_attention",
     "gather_kv",
     "head_topk",
     "key_statistics",
     "merge_attention",
+    "mixkv_mix",
     "ragged_attention",
     "window_attention",
 ]

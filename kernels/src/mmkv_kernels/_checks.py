@@ -2,6 +2,7 @@
 
 from collections.abc import MutableMapping
 from itertools import pairwise
+from typing import get_args
 
 from torch import Tensor, bfloat16, bool, device, dtype, float16, float32, float64, int64, promote_types
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -57,6 +58,19 @@ def floats(**tensors: Tensor) -> None:
     for name, tensor in others:
         if tensor.dtype != first.dtype:
             raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {tensor.dtype}")
+
+
+def singles(**tensors: Tensor) -> None:
+    """Requires float32."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != float32:
+            raise TypeError(f"{name} must be float32, got {tensor.dtype}")
+
+
+def one_of(name: str, value: object, choices: object) -> None:
+    """Requires a value of a Literal."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {get_args(choices)}, got {value!r}")
 
 
 def integers(name: str, tensor: Tensor) -> None:

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from mmkv_kernels import mixkv_mix
 from mmkv_scores import BACON, KeyDiff, LastQuery, MixKV, ObservedAttention, SnapKV, Trace
-from mmkv_scores.mixkv import mix
 
 CAPACITY = torch.tensor([4])
 
@@ -157,10 +157,10 @@ def test_no_one_or_two_candidates(prompt, observe, length):
 
 def test_all_terms_have_the_mean_of_the_attention():
     random = torch.Generator().manual_seed(0)
-    attention, norms, alignment = torch.rand(3, 1, 1, 50, generator=random)
+    attention, norms, cosines = torch.rand(3, 1, 1, 50, generator=random)
     where = torch.ones(1, 1, 50, dtype=torch.bool)
-    diverse = mix(attention, norms, alignment, torch.ones(1, 1), where)
-    important = mix(attention, norms, alignment, torch.zeros(1, 1), where)
+    diverse = mixkv_mix(attention, norms, cosines, torch.ones(1, 1), torch.ones(1, 1), where)
+    important = mixkv_mix(attention, norms, cosines, torch.ones(1, 1), torch.zeros(1, 1), where)
     torch.testing.assert_close(diverse.mean(), attention.mean())
     torch.testing.assert_close(important.mean(), 2 * attention.mean())
 

@@ -21,3 +21,9 @@ def check_types(settings: Any) -> None:
         value, types = getattr(settings, field.name), _TYPES.get(field.type, (object, bool))
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise TypeError(f"{type(settings).__name__}: {field.name} must be {field.type}, got {value!r}")
+
+
+def check_kernel(kernel: int, name: str) -> None:
+    """Raises ValueError unless `kernel` is odd and positive: an even one has no centre and shifts the scores."""
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"{name}: the kernel must be odd and positive, got {kernel}")

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
-import torch
-from mmkv_kernels._kth import kth_largest
+from mmkv_kernels import Calibration, bacon_calibrate
+from mmkv_kernels.bacon import Neighbourhood
 from torch import Tensor
 
-from ._masked import EPS, check_kernel, masked_mean, neighbourhood_mean, pool
-from ._settings import check_types
+from ._settings import check_kernel, check_types
 from .snapkv import SnapKV
 from .trace import Trace
 from .types import Evidence, Observation, Scores, WindowScorer
 
 Preset = Literal["release", "paper", "rel"]
-_DEGENERATE = 1e-6
+_NEIGHBOURHOOD: dict[Preset, Neighbourhood] = {"release": "padded", "paper": "truncated", "rel": "supported"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,24 +99,15 @@ class BACON:
     def __call__(self, seen: Observation, capacity: Tensor, trace: Trace) -> Scores:
         """Scores of one layer; reads and extends `trace`."""
         evidence = self.base.evidence(seen)
-        residual = (evidence.last - evidence.window).clamp(min=0)
-        mean, std = trace.recall(self, seen.layer, seen.slots, self.depth, residual)
-        trace.push(self, seen.layer, _compressed(seen, capacity), residual, self.depth)
+        mean, std = trace.recall(self, seen.layer, seen.slots, self.depth, evidence.window)
         past = (mean - std).clamp(min=0) if self.preset == "rel" else mean
         calibrated = calibrate(self, evidence, past, seen.candidates, capacity)
+        trace.push(self, seen.layer, _compressed(seen, capacity), calibrated.residual, self.depth)
         return Scores(rank=calibrated.score, backbone=evidence.window)
 
 
-class Calibration(NamedTuple):
-    """score S [B, H, N], the factor lambda [B, H, 1] and the local term L [B, H, N], float32."""
-
-    score: Tensor
-    factor: Tensor
-    local: Tensor
-
-
 def calibrate(settings: BACON, evidence: Evidence, past: Tensor, candidates: Tensor, capacity: Tensor) -> Calibration:
-    """S = B + lambda V over the candidates.
+    """S = B + lambda V over the candidates, what the preset says in the terms of `bacon_calibrate`.
 
     Args:
         settings: preset and constants.
@@ -126,12 +116,19 @@ def calibrate(settings: BACON, evidence: Evidence, past: Tensor, candidates: Ten
         candidates: [B, H or 1, N] bool.
         capacity: [B] int64, K of eq. 12.
     """
-    residual = (evidence.last - evidence.window).clamp(min=0)
-    local = _local(settings, residual, evidence.window, candidates)
-    added = {"e": residual, "l": local, "t": past * candidates}
-    support = torch.stack([added[name] for name in settings.terms]).sum(0)
-    factor = _factor(settings, evidence.window, support, candidates, capacity)
-    return Calibration(evidence.window + factor * support, factor, local)
+    literal = settings.preset == "paper"
+    return bacon_calibrate(
+        *evidence,
+        past,
+        candidates,
+        (settings.rho * capacity).long(),
+        terms=settings.terms,
+        radius=settings.reach if literal else settings.reach // 2,
+        neighbourhood=_NEIGHBOURHOOD[settings.preset],
+        deviation="window" if literal else "own",
+        gamma=settings.gamma,
+        gated=settings.is_gated,
+    )
 
 
 def _compressed(seen: Observation, capacity: Tensor) -> Tensor:
@@ -139,52 +136,3 @@ def _compressed(seen: Observation, capacity: Tensor) -> Tensor:
     batch, heads = seen.keys.shape[:2]
     existing = seen.candidates.sum(-1).expand(batch, heads).sum(1)
     return seen.slots.masked_fill((capacity * heads >= existing)[:, None, None], -1)
-
-
-def _local(settings: BACON, residual: Tensor, window: Tensor, candidates: Tensor) -> Tensor:
-    if settings.preset == "paper":
-        return neighbourhood_mean(residual, candidates, settings.reach)
-    local = pool(residual, candidates, settings.reach)
-    if settings.preset == "rel":
-        around = pool(window, candidates, settings.reach)
-        local = local * around / (around + window + EPS)
-    return local
-
-
-def _factor(settings: BACON, window: Tensor, support: Tensor, candidates: Tensor, capacity: Tensor) -> Tensor:
-    """lambda, [B, H, 1] (eqs. 12-15; release: own top M and the gate)."""
-    existing = candidates.sum(-1).expand(window.shape[:2])
-    size = (settings.rho * capacity).long()[:, None].minimum(existing).clamp(min=1)
-    window_mean, window_std = _top_moments(window, candidates, size)
-    own_mean, deviation = _top_moments(support, candidates, size)
-    if settings.preset == "paper":
-        order = window.masked_fill(~candidates, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
-        at_window = support.gather(-1, order[..., : int(size.max())])  # stable: ties in B go to the lower slot
-        literal = _std(at_window, torch.arange(at_window.shape[-1], device=size.device) < size[..., None])
-        deviation = torch.where(literal > _DEGENERATE * own_mean, literal, deviation)
-    factor = settings.gamma * window_std / (deviation + EPS)
-    if settings.is_gated:
-        factor = factor * (own_mean / (window_mean + EPS)).clamp(0, 1)
-    return factor
-
-
-def _top_moments(x: Tensor, candidates: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population standard deviation [B, H, 1] of the `size` [B, H] largest candidates of each head.
-
-    The order does not matter, so the value of the smallest one is enough: selecting it is far cheaper than sorting.
-    """
-    if x.shape[-1] == 0:
-        return x.new_zeros(*size.shape, 1), x.new_zeros(*size.shape, 1)
-    masked = x.masked_fill(~candidates, -torch.inf)
-    cut = kth_largest(masked, size)
-    cut = torch.where(cut > -torch.inf, cut, 0.0)
-    above = masked > cut
-    tied = size[..., None] - above.sum(-1, keepdim=True)
-    mean = ((x * above).sum(-1, keepdim=True) + tied * cut) / size[..., None]
-    squares = ((x - mean).square() * above).sum(-1, keepdim=True) + tied * (cut - mean).square()
-    return mean, (squares / size[..., None]).sqrt()
-
-
-def _std(x: Tensor, region: Tensor) -> Tensor:
-    """Population standard deviation over the region, [B, H, 1]."""
-    return masked_mean((x - masked_mean(x, region)).square(), region).sqrt()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from mmkv_kernels.masked import entry_norms
 from torch import Tensor
 
-from ._masked import entry_norms
 from .trace import Trace
 from .types import Observation, Scores
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from mmkv_kernels.masked import pool
 from torch import Tensor
 
-from ._masked import check_kernel, pool
-from ._settings import check_types
+from ._settings import check_kernel, check_types
 from .snapkv import window_evidence
 from .trace import Trace
 from .types import Evidence, Observation, Scores

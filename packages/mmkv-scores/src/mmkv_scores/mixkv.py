@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
-from mmkv_kernels import key_statistics
+from mmkv_kernels import key_statistics, mixkv_mix
 from torch import Tensor
 
-from ._masked import EPS, masked_mean, masked_min_max
 from .snapkv import SnapKV
 from .trace import Trace
 from .types import AttentionScorer, Observation, Scores
@@ -70,8 +69,8 @@ class MixKV:
         base = self.base(seen, capacity, trace)
         statistics = key_statistics(seen.keys, seen.values, valid=seen.valid)
         redundancy = self._redundancy(seen, statistics.redundancy)
-        alignment = statistics.cosines * statistics.mean_norm[..., None]
-        rank = mix(base.rank, statistics.value_norms, alignment, redundancy, seen.candidates)
+        norms, cosines, mean_norm = statistics.value_norms, statistics.cosines, statistics.mean_norm
+        rank = mixkv_mix(base.rank, norms, cosines, mean_norm, redundancy, seen.candidates)
         return Scores(rank=rank, backbone=base.backbone)
 
     def _redundancy(self, seen: Observation, online: Tensor) -> Tensor:
@@ -85,27 +84,6 @@ class MixKV:
         if found != needed:
             raise ValueError(f"MixKV: the redundancy table has {found} layers x KV heads, this model needs {needed}")
         return online.new_tensor(self.redundancy[seen.layer]).expand_as(online)
-
-
-def mix(attention: Tensor, value_norms: Tensor, alignment: Tensor, redundancy: Tensor, candidates: Tensor) -> Tensor:
-    """The head-wise mix of MixKV, [B, H, N] float32, 0 outside the candidates.
-
-    Args:
-        attention: [B, H, N] the importance a.
-        value_norms: [B, H, N] L2 norms of the values.
-        alignment: [B, H, N] normalised key times the mean normalised key.
-        redundancy: [B, H] r.
-        candidates: [B, H or 1, N] bool.
-    """
-    level = masked_mean(attention, candidates)
-    value = _levelled(masked_min_max(value_norms, candidates), level, candidates)
-    diversity = _levelled(masked_min_max(-alignment, candidates), level, candidates)
-    r = redundancy[..., None]
-    return (r * diversity + (1 - r) * (attention + value)) * candidates
-
-
-def _levelled(x: Tensor, level: Tensor, candidates: Tensor) -> Tensor:
-    return x * (level / (masked_mean(x, candidates) + EPS))
 
 
 def _frozen(redundancy: float | Sequence[Sequence[float]]) -> float | Table:

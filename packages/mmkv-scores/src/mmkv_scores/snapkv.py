@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from mmkv_kernels import window_attention
+from mmkv_kernels.masked import pool
 from torch import Tensor
 
-from ._masked import check_kernel, pool
-from ._settings import check_types
+from ._settings import check_kernel, check_types
 from .trace import Trace
 from .types import Evidence, Observation, Scores
 

@@ -1,6 +1,7 @@
-"""Reductions and neighbourhoods over the candidates of each head; padding and protected entries never take part."""
+"""Reductions and neighbourhoods over the candidates of each head, in plain torch.
 
-from __future__ import annotations
+Padding and protected entries never take part. For scores, and the references of `bacon_calibrate` and `mixkv_mix`.
+"""
 
 from typing import Literal
 
@@ -33,7 +34,7 @@ def pool(x: Tensor, mask: Tensor, kernel: int, pooling: Literal["avg", "max"] = 
     (`F.avg_pool1d` with zero padding), so the first and last kernel // 2 candidates are scaled down.
     """
     x = x * mask
-    if kernel > 1 and x.shape[-1]:
+    if kernel > 1 and x.numel():
         function = F.avg_pool1d if pooling == "avg" else F.max_pool1d
         x = function(x, kernel, stride=1, padding=kernel // 2) * mask
     return x

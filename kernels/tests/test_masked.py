@@ -2,11 +2,10 @@
 
 import math
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmkv_scores._masked import check_kernel, masked_mean, masked_min_max, neighbourhood_mean, pool
+from mmkv_kernels.masked import masked_mean, masked_min_max, neighbourhood_mean, pool
 
 
 @st.composite
@@ -55,9 +54,3 @@ def test_neighbourhood_mean(case, radius):
     for i, m in enumerate(mask):
         around = [values[j] for j in range(len(mask)) if mask[j] and abs(i - j) <= radius]
         assert math.isclose(found[i], sum(around) / len(around) if m else 0.0, abs_tol=1e-5)
-
-
-@pytest.mark.parametrize("kernel", [-1, 0, 2, 6])
-def test_check_kernel(kernel):
-    with pytest.raises(ValueError, match=f"Name: the kernel must be odd and positive, got {kernel}"):
-        check_kernel(kernel, "Name")
