@@ -106,11 +106,19 @@ def call_mixkv(size, dtype):
     operator("mixkv")(x, x, x, head, head, torch.ones(1, 1, 64, dtype=torch.bool))
 
 
+def call_paged(size, dtype):
+    cache = torch.zeros(4, 16, 2, size, dtype=dtype)
+    table, bounds = torch.zeros(1, 4, dtype=torch.int32), torch.tensor([0, 32, 64])
+    for align in ("left", "right"):
+        operator("paged")(cache, cache, table, torch.tensor([64]), torch.zeros(64).long(), bounds, align)
+
+
 CALLS = {
     "statistics": call_statistics,
     "gather": call_gather,
     "window": call_window,
     "ragged": call_ragged,
+    "paged": call_paged,
     "topk": call_topk,
     "bacon": call_bacon,
     "mixkv": call_mixkv,

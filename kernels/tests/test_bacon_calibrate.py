@@ -92,6 +92,7 @@ def test_ties_and_constants(kit):
     flat = torch.full((1, 1, 30), 0.25)
     steps = (torch.arange(30) % 3).float().view(1, 1, 30)
     check(kit, steps, steps.flip(-1), flat, all_of(30), torch.tensor([17]))
+    check(kit, steps, steps + evidence(kit, 1, 1, 30)[0], flat, all_of(30), torch.tensor([17]))
     check(kit, flat, flat, flat, all_of(30), torch.tensor([17]))
 
 

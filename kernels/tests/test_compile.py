@@ -20,6 +20,7 @@ KERNELS = {
     "window_attention_sum_kernel",
     "ragged_attention_part_kernel",
     "ragged_attention_merge_kernel",
+    "compact_paged_kernel",
     "head_topk_cut_kernel",
     "head_topk_count_kernel",
     "head_topk_write_kernel",

@@ -110,6 +110,13 @@ def test_row_alone_is_the_row_in_the_batch(kit):
             assert torch.equal(alone.columns, batch.columns[start:stop])
 
 
+def test_counts_below_none_and_what_is_kept_anyway(kit):
+    scores, always = kit.randn(1, 2, 40), kit.randn(1, 2, 40, seed=1) > 0.5
+    check(kit, scores, torch.tensor([[-3, 8]]))
+    check(kit, scores, torch.tensor([[4, 8]]), always=always)
+    check(kit, scores, torch.tensor([9]), candidates=scores > -1, always=always)
+
+
 def test_nothing_to_choose_from(kit):
     for shape in ((0, 2, 5), (2, 0, 5), (2, 2, 0)):
         result = kit.run(head_topk, torch.zeros(shape), torch.ones(shape[:2], dtype=torch.int64))

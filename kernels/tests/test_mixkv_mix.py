@@ -59,6 +59,8 @@ def test_candidates(kit, heads):
     candidates[1, -1], candidates[0, 0, 3:] = False, False
     check(kit, inputs(kit, 2, 3, 80), candidates)
     check(kit, inputs(kit, 2, 3, 40), candidates[..., ::2])
+    attention, norms, cosines, *heads_of = inputs(kit, 2, 3, 80)
+    check(kit, (attention, norms, cosines.abs() + 1, *heads_of), candidates)
 
 
 def test_equal_values_strides_and_none(kit):

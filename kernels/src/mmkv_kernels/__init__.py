@@ -14,6 +14,7 @@ from .dense import dense_attention
 from .gather import Gathered, gather_kv
 from .merge import AttentionOutput, merge_attention
 from .mixkv import mixkv_mix
+from .paged import compact_paged
 from .ragged import ragged_attention
 from .statistics import KeyStatistics, key_statistics
 from .topk import HeadTopK, head_topk
@@ -28,6 +29,7 @@ __all__ = [
     "WindowAttention",
     "bacon_calibrate",
     "column_sums",
+    "compact_paged",
     "dense_attention",
     "gather_kv",
     "head_topk",

@@ -45,15 +45,15 @@ def _obstacle(tensor: Tensor, sizes: tuple[int, ...]) -> Exception | None:
     return None
 
 
-def operator(fake: Callable[..., R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def operator(fake: Callable[..., R], mutates: tuple[str, ...] = ()) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Makes a function one node of the graphs of torch.compile, `torch.ops.mmkv_kernels.<its name>`.
 
-    `fake` gives tensors of the shapes and dtypes of its results. Without torch.compile the function is called as it
-    is: dispatch would cost more than attention over a short cache.
+    `fake` gives tensors of the shapes and dtypes of its results; `mutates` names what it writes to. Without
+    torch.compile the function is called as it is: dispatch would cost more than attention over a short cache.
     """
 
     def register(body: Callable[P, R]) -> Callable[P, R]:
-        node = torch.library.custom_op(f"mmkv_kernels::{body.__name__}", body, mutates_args=())
+        node = torch.library.custom_op(f"mmkv_kernels::{body.__name__}", body, mutates_args=mutates)
         node.register_fake(fake)
 
         @functools.wraps(body)
