@@ -48,7 +48,8 @@ def check(kit, lengths, heads, size, share=0.5, align="left", dtype=torch.float3
     keys, values = memory[..., : sizes[0]], memory[..., sizes[0] :]
     if not joined:
         keys, values = keys.contiguous(), values.contiguous()
-    tensors = table.int() if joined else table, torch.tensor(lengths), torch.from_numpy(columns), bounds
+    table = table.int().repeat_interleave(2, 1)[:, ::2] if joined else table
+    tensors = table, torch.tensor(lengths), torch.from_numpy(columns), bounds
     compact_paged(keys, values, *(x.to(kit.device) for x in tensors), align=align, impl=kit.impl)
     assert torch.equal(torch.cat((keys, values), -1).cpu(), wanted)
 

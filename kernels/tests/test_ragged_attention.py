@@ -72,7 +72,8 @@ def test_groups_and_softcap(kit, group_size, softcap):
 def test_more_parts_and_rows_than_are_taken_at_a_time(kit):
     """The greatest logits come last: what was summed before fades."""
     q, keys, *rest = make(kit, [9000], 1, 1, 1, 1, 1)
-    check(kit, (q, keys * torch.linspace(0.5, 3, 9000)[:, None], *rest))
+    keys[8600:] *= 4
+    check(kit, (q, keys, *rest))
     check(kit, make(kit, [4, 30], 1, 14, 2, 5, 6))
 
 
