@@ -55,4 +55,5 @@ def check_kernel(kernel: int, name: str) -> None:
 
 def entry_norms(cache: Tensor, valid: Tensor) -> Tensor:
     """L2 norms [B, H, N], float32, of keys or values [B, H, N, D]; 0 where not valid [B, H or 1, N]."""
-    return torch.linalg.vector_norm(cache, dim=-1, dtype=torch.float32).masked_fill_(~valid, 0.0)
+    norms: Tensor = torch.linalg.vector_norm(cache, dim=-1, dtype=torch.float32)
+    return norms.masked_fill_(~valid, 0.0)
