@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._checks import wide
+
 EPS = 1e-8
 
 
@@ -55,5 +57,5 @@ def check_kernel(kernel: int, name: str) -> None:
 
 def entry_norms(cache: Tensor, valid: Tensor) -> Tensor:
     """L2 norms [B, H, N], float32, of keys or values [B, H, N, D]; 0 where not valid [B, H or 1, N]."""
-    norms: Tensor = torch.linalg.vector_norm(cache, dim=-1, dtype=torch.float32)
-    return norms.masked_fill_(~valid, 0.0)
+    norms: Tensor = torch.linalg.vector_norm(cache, dim=-1, dtype=wide(cache.dtype))
+    return norms.float().masked_fill_(~valid, 0.0)

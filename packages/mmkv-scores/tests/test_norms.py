@@ -8,7 +8,7 @@ from mmkv_scores import KNorm, Trace, VNorm
 CAPACITY = torch.tensor([4])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("pads", [[(0, 0)], [(3, 0)], [(0, 3)]])
 def test_norms(prompt, observe, dtype, pads):
     p = prompt(11, dtype=dtype)
