@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Iterable
 
 import nox
+from packaging.version import Version
 
 ROOT = pathlib.Path(__file__).parent
 PROJECTS = sorted(
@@ -53,6 +54,15 @@ def third_party(names: Iterable[str] = FOLDER, *, extras: bool = True) -> list[s
     return sorted(needed)
 
 
+def lowest_allowed(requirements: Iterable[str]) -> dict[str, Version]:
+    """Name -> the oldest version that all of these requirements allow."""
+    floors: dict[str, Version] = {}
+    for requirement in requirements:
+        name, _, version = requirement.partition(",")[0].partition(">=")
+        floors[name] = max(Version(version), floors.get(name, Version("0")))
+    return floors
+
+
 def run_tests(session: nox.Session, *arguments: str) -> None:
     """pytest over every package, each against what is installed, two processes with one thread each."""
     folders = [str(path / "tests") for path in PROJECTS if (path / "tests").is_dir()]
@@ -93,7 +103,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def lowest(session: nox.Session) -> None:
     """All tests with the oldest versions allowed, but for torch, whose older builds bring gigabytes of CUDA."""
-    floors = [requirement.split(",")[0].replace(">=", "==") for requirement in [*third_party(), *TRITON]]
+    floors = [f"{name}=={version}" for name, version in lowest_allowed([*third_party(), *TRITON]).items()]
     session.install(TORCH)
     session.install("pytest", "pytest-xdist", "hypothesis", *(f for f in floors if not f.startswith("torch==")))
     install_tree(session)

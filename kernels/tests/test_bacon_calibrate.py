@@ -84,7 +84,11 @@ def test_candidates_between_others(kit):
     for b, h, start, stop in ((0, 0, 3, 40), (0, 1, 0, 50), (1, 0, 20, 21), (1, 1, 49, 50), (1, 2, 0, 30)):
         candidates[b, h, start:stop] = True
     window, last, past = (x * candidates for x in evidence(kit, 2, 3, 50))
-    check(kit, window, last, past, candidates, torch.tensor([12, 7]))
+    sizes = torch.tensor([12, 7])
+    check(kit, window, last, past, candidates, sizes)
+    clean = kit.run(bacon_calibrate, window, last, past, candidates, sizes)
+    spoilt = kit.run(bacon_calibrate, window, last, past.masked_fill(~candidates, torch.nan), candidates, sizes)
+    assert all(torch.equal(x, y) for x, y in zip(spoilt, clean, strict=True))
     check(kit, *evidence(kit, 2, 3, 50, seed=5), torch.zeros(2, 1, 50).bool(), torch.tensor([3, 3]))
 
 

@@ -152,3 +152,14 @@ def test_wrong_arguments_move_nothing(changes, error, message):
     with pytest.raises(error, match=message):
         compact_paged(**given)
     assert torch.equal(given["keys"], before)
+
+
+def test_entries_that_share_memory_are_refused():
+    keys, table = torch.zeros(2, 4, 2, 3), torch.tensor([[0, 1]])
+    rest = table, torch.tensor([8]), torch.tensor([1, 1]), torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match="same memory"):
+        compact_paged(keys, keys, *rest)
+    with pytest.raises(ValueError, match="keys must have memory of its own"):
+        compact_paged(keys[:, :, :1].expand(-1, -1, 2, -1), keys.clone(), *rest)
+    with pytest.raises(ValueError, match="must have places"):
+        compact_paged(keys[:, :0], keys[:, :0].clone(), *rest)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from mmkv_kernels import AttentionOutput, dense_attention, merge_attention
+from mmkv_kernels import AttentionOutput, dense_attention, merge_attention, ragged_attention, window_attention
 
 
 def check(kit, queries, keys, values, scaling, mask=None, causal=False, softcap=None):
@@ -133,3 +133,15 @@ def test_wrong_arguments():
         merge_attention(part, AttentionOutput(q, q[..., 0].half()))
     with pytest.raises(TypeError, match=r"b\.out"):
         merge_attention(part, AttentionOutput(q.half(), q[..., 0]))
+
+
+def test_no_queries():
+    """The fused kernel of torch divides by their number."""
+    keys, offsets = torch.zeros(1, 2, 3, 4), torch.tensor([0, 3, 4])
+    queries, prefix = torch.zeros(1, 2, 0, 4), torch.zeros(4, 4)
+    assert dense_attention(queries, keys, keys, scaling=1.0).out.shape == (1, 2, 0, 4)
+    assert ragged_attention(queries, prefix, prefix, offsets, keys, keys, scaling=1.0).lse.shape == (1, 2, 0)
+    with pytest.raises(ValueError, match="multiple of KV heads"):
+        dense_attention(torch.zeros(1, 0, 2, 4), keys, keys, scaling=1.0)
+    with pytest.raises(ValueError, match="multiple of KV heads"):
+        window_attention(torch.zeros(1, 0, 2, 4), keys, scaling=1.0, group="max")

@@ -103,3 +103,12 @@ def test_wrong_arguments(place, value, error, message):
     arguments[place] = value
     with pytest.raises(error, match=message):
         mixkv_mix(*arguments)
+
+
+def test_what_is_no_candidate_may_hold_nan(kit):
+    candidates = kit.randn(2, 1, 50, seed=9) > 0
+    tensors = inputs(kit, 2, 3, 50)
+    clean = run(kit, *tensors, candidates)
+    spoilt = [x.masked_fill(~candidates, torch.nan) for x in tensors[:3]]
+    assert torch.equal(run(kit, *spoilt, *tensors[3:], candidates), clean)
+    assert not clean.masked_select(~candidates).any()

@@ -2,7 +2,8 @@
 
 Shapes: B batch rows, Hq query heads, H KV heads, G = Hq/H query heads per KV head, D (Dv) dimension of a key (value), N
 cached entries, W or n query rows. Keys are never expanded to query heads, and everything is computed in float32 of the
-values as stored. No operator records gradients.
+values as stored (attention of float64 in float64; probabilities that meet 16-bit values may be rounded to them). No
+operator records gradients.
 
 Operators with Triton kernels take `impl`: "auto" (Triton on GPUs where it is installed and takes the case, else plain
 torch), "reference" (plain torch) or "triton" (or an error that says why not).

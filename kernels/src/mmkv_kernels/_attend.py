@@ -45,7 +45,7 @@ def _flash_takes(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
     return (
         keys.is_cpu
         and keys.shape == values.shape
-        and 0 not in keys.shape
+        and 0 not in (*queries.shape, *keys.shape)
         and queries.stride(-1) == keys.stride(-1) == values.stride(-1) == 1
     )
 

@@ -45,8 +45,8 @@ class Dims(dict[str, int]):
         self.bind(name, tensor, spec)
 
     def grouped(self) -> None:
-        """Requires the query heads Hq to be a multiple of the KV heads H."""
-        if self["H"] == 0 or self["Hq"] % self["H"]:
+        """Requires the query heads Hq to be a multiple, once or more, of the KV heads H."""
+        if self["H"] == 0 or self["Hq"] == 0 or self["Hq"] % self["H"]:
             raise ValueError(f"query heads must be a multiple of KV heads, got Hq={self['Hq']} and H={self['H']}")
 
 

@@ -3,7 +3,8 @@
 Tensors come with their strides as one tuple. Indices of entries are int64: a product with a stride may pass 2^31. A
 tile is [rows, BLOCK_D], BLOCK_D being the head size padded to a power of two. Nothing that may differ between a row
 alone and the row in a batch has a say in how work is cut, so that the results are the same to the bit. Lengths are
-not specialised on: one compiled kernel serves all prompts.
+not specialised on. Strides are: a kernel is compiled anew where one becomes 1 or a multiple of 16, or stops being it.
+So is the number of heads of all rows where `find_work` searches among them: anew for each doubling.
 """
 
 import math
@@ -65,10 +66,8 @@ def place(parts: tl.tensor, heads: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.
 
 @triton.jit
 def from_head(tensor: tl.tensor, strides: tl.tuple, b: tl.tensor, h: tl.tensor, ALIGNED: tl.constexpr = 1) -> tl.tensor:
-    """Pointer to the first entry of head h of batch row b, None for None; added once, it takes none in loops."""
-    if tensor is not None:
-        tensor += tl.multiple_of(b * strides[0] + h * strides[1], ALIGNED)
-    return tensor
+    """Pointer to the first entry of head h of batch row b; added once, it takes no registers in loops."""
+    return tensor + tl.multiple_of(b * strides[0] + h * strides[1], ALIGNED)
 
 
 @triton.jit

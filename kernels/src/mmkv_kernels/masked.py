@@ -16,7 +16,7 @@ EPS = 1e-8
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x [B, H, N] over mask [B, H or 1, N] -> [B, H, 1]; 0 where the mask is empty."""
-    return (x * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    return x.masked_fill(~mask, 0.0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
 
 
 def masked_min_max(x: Tensor, mask: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def pool(x: Tensor, mask: Tensor, kernel: int, pooling: Literal["avg", "max"] = 
     Entries outside the mask count as zeros and the divisor is always `kernel`, as in SnapKV and its descendants
     (`F.avg_pool1d` with zero padding), so the first and last kernel // 2 candidates are scaled down.
     """
-    x = x * mask
+    x = x.masked_fill(~mask, 0.0)
     if kernel > 1 and x.numel():
         function = F.avg_pool1d if pooling == "avg" else F.max_pool1d
         x = function(x, kernel, stride=1, padding=kernel // 2) * mask
@@ -47,12 +47,6 @@ def neighbourhood_mean(x: Tensor, mask: Tensor, radius: int) -> Tensor:
     kernel = 2 * radius + 1
     share = pool(mask.expand_as(x).to(x.dtype), mask, kernel)
     return pool(x, mask, kernel) / share.clamp(min=1 / kernel)
-
-
-def check_kernel(kernel: int, name: str) -> None:
-    """Raises ValueError unless `kernel` is odd and positive: an even one has no centre and shifts the scores."""
-    if kernel < 1 or kernel % 2 == 0:
-        raise ValueError(f"{name}: the kernel must be odd and positive, got {kernel}")
 
 
 def entry_norms(cache: Tensor, valid: Tensor) -> Tensor:

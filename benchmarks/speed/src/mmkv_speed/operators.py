@@ -187,10 +187,35 @@ def _merge(shape: Shape) -> Inputs:
     return {"a": a, "b": b}
 
 
-def _kth(shape: Shape) -> Inputs:
+def _topk(shape: Shape) -> Inputs:
     sizes = shape.batch, shape.heads
     counts = torch.full(sizes, shape.kept, dtype=torch.int64, device=shape.device)
     return {"scores": shape.randn(*sizes, shape.entries, seed=11, dtype=torch.float32), "counts": counts}
+
+
+def _bacon(shape: Shape) -> Inputs:
+    window, last, past = _scores(shape, 3)
+    sizes = torch.full((shape.batch,), 2 * shape.kept, device=shape.device)
+    return {"window": window, "last": last, "past": past, "candidates": _candidates(shape), "sizes": sizes}
+
+
+def _mixkv(shape: Shape) -> Inputs:
+    attention, norms, cosines = _scores(shape, 3)
+    heads = (shape.randn(shape.batch, shape.heads, seed=seed, dtype=torch.float32).sigmoid() for seed in (15, 16))
+    inputs = {"attention": attention, "value_norms": norms, "cosines": cosines}
+    return {**inputs, **dict(zip(("mean_norm", "redundancy"), heads, strict=True)), "candidates": _candidates(shape)}
+
+
+def _scores(shape: Shape, count: int) -> list[Tensor]:
+    """Positive [B, H, N] float32."""
+    sizes = shape.batch, shape.heads, shape.entries
+    return [shape.randn(*sizes, seed=12 + i, dtype=torch.float32).abs() for i in range(count)]
+
+
+def _candidates(shape: Shape) -> Tensor:
+    """All but the last window."""
+    places = torch.arange(shape.entries, device=shape.device)
+    return (places < shape.entries - min(shape.window, shape.entries // 2)).expand(shape.batch, 1, -1).contiguous()
 
 
 def _columns(shape: Shape) -> Inputs:
@@ -267,12 +292,16 @@ def _merge_bytes(shape: Shape) -> int:
     return 3 * _answer_bytes(shape, shape.entries)
 
 
-def _kth_bytes(shape: Shape) -> int:
-    return _score_bytes(shape) + (8 + 4) * shape.segments
-
-
 def _topk_bytes(shape: Shape) -> int:
     return _score_bytes(shape) + 8 * shape.segments * (1 + shape.kept) + 8 * (shape.segments + 1)
+
+
+def _bacon_bytes(shape: Shape) -> int:
+    return 6 * _score_bytes(shape) + shape.batch * (shape.entries + 8) + 4 * shape.segments
+
+
+def _mixkv_bytes(shape: Shape) -> int:
+    return 4 * _score_bytes(shape) + shape.batch * shape.entries + 2 * 4 * shape.segments
 
 
 def _columns_bytes(shape: Shape) -> int:
@@ -284,19 +313,18 @@ def _columns_flops(shape: Shape) -> int:
     return 2 * shape.query_heads * shape.batch * min(SUMMED, shape.entries) * shape.entries * shape.size
 
 
-_ALL: Final = (
+CASES: Final = (
     Case("key_statistics", _statistics, _statistics_bytes, passes={"keys": 2}),
     Case("window_attention", _window, _window_bytes, _window_flops, passes={"keys": 2}),
     Case("gather_kv", _gather, _gather_bytes, exact=True),
     Case("ragged_attention", _ragged, _ragged_bytes, _ragged_flops),
     Case("dense_attention", _dense, _dense_bytes, _dense_flops),
     Case("merge_attention", _merge, _merge_bytes),
-    Case("kth_largest", _kth, _kth_bytes, exact=True),
-    Case("head_topk", _kth, _topk_bytes, exact=True),
+    Case("head_topk", _topk, _topk_bytes, exact=True),
+    Case("bacon_calibrate", _bacon, _bacon_bytes),
+    Case("mixkv_mix", _mixkv, _mixkv_bytes),
     Case("column_sums", _columns, _columns_bytes, _columns_flops),
 )
-CASES: Final = tuple(case for case in _ALL if hasattr(mmkv_kernels, case.name))
-"""Those of the installed version."""
 BY_NAME: Final = {case.name: case for case in CASES}
 
 

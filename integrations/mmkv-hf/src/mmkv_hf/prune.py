@@ -162,10 +162,8 @@ class PruneSession(Opened):
             raise ValueError(
                 "pruned layers hold fewer tokens than a static cache has room for: leave cache_implementation out"
             )
-        if self.model.training and recomputes(self.model) and self.plan.evidence is not None:
-            raise RuntimeError(
-                f"gradient checkpointing runs layers anew, after {type(self.plan.method).__name__} has looked at them"
-            )
+        if self.model.training and recomputes(self.model):
+            raise RuntimeError("gradient checkpointing runs layers anew, when what they are given is known no more")
         if mask is not None and not isinstance(mask, Tensor):
             raise ValueError(f"pruning reads an attention mask [B, N], not a {type(mask).__name__}")
 

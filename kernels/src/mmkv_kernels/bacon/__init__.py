@@ -70,8 +70,10 @@ def bacon_calibrate(
     _checks.integers("sizes", sizes)
     _checks.one_of("neighbourhood", neighbourhood, Neighbourhood)
     _checks.one_of("deviation", deviation, Deviation)
-    if not terms or not set(terms) <= set("elt") or radius < 0:
-        raise ValueError(f"terms are of 'elt' and the radius is at least 0, got {terms!r} and {radius}")
+    if not terms or not set(terms) <= set("elt") or len(set(terms)) < len(terms):
+        raise ValueError(f"terms is a selection of the letters e, l, t, got {terms!r}")
+    if type(radius) is not int or radius < 0:
+        raise ValueError(f"radius must be an int and not negative, got {radius!r}")
     options = "".join(sorted(terms)), radius, neighbourhood, deviation, float(gamma), gated
     return Calibration(*_bacon_calibrate(window, last, past, candidates, sizes, *options, impl))
 

@@ -37,7 +37,7 @@ def bacon_calibrate_reference(
     window, last, past = window.contiguous(), last.contiguous(), past.contiguous()
     residual = (last - window).clamp(min=0)
     local = _local(residual, window, candidates, radius, neighbourhood)
-    added = {"e": residual, "l": local, "t": past * candidates}
+    added = {"e": residual, "l": local, "t": past.masked_fill(~candidates, 0.0)}
     support = torch.stack([added[name] for name in terms]).sum(0)
     existing = candidates.sum(-1).expand(window.shape[:2])
     size = sizes[:, None].minimum(existing).clamp(min=1)

@@ -14,7 +14,8 @@ def mixkv_mix_reference(
     value = _levelled(masked_min_max(value_norms, candidates), level, candidates)
     diversity = _levelled(masked_min_max(-alignment, candidates), level, candidates)
     r = redundancy[..., None]
-    return ((r * diversity + (1 - r) * (attention + value)) * candidates).contiguous()
+    mixed = r * diversity + (1 - r) * (attention + value)
+    return mixed.masked_fill(~candidates, 0.0).contiguous()
 
 
 def _levelled(x: Tensor, level: Tensor, candidates: Tensor) -> Tensor:

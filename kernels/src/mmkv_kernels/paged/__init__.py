@@ -29,7 +29,7 @@ def compact_paged(
     """Moves the entries `columns` names together, in place: to the first, or the last, of their row's entries.
 
     Entry j of row b is place j % S of page table[b, j // S]. Every head moves its own; what is left behind keeps what
-    it held. Rows may share pages as long as nothing is moved to them.
+    it held. Rows may share pages as long as no kept entry's new place is in them, even where that is its old one.
 
     Args:
         keys: [P, S, H, D], P pages of S places, any strides; float32, bfloat16, float16 or float64.
@@ -44,7 +44,8 @@ def compact_paged(
     Raises:
         TypeError: mixed or unsupported dtypes.
         ValueError: shapes or offsets that disagree, columns outside their row or not ascending, pages that are none, a
-            page that something is moved to and that is used twice. Nothing has been moved then.
+            page that something is moved to and that is used twice, or entries that share memory. Nothing has been moved
+            then.
     """
     dims = _checks.Dims()
     dims.bind("keys", keys, "P S H D")
@@ -77,6 +78,7 @@ def _compact_paged(
     align: str,
     impl: str,
 ) -> None:
+    _require_own_memory(keys, values)
     triton = takes_triton(impl, keys, keys.shape[3], values.shape[3])
     _checks.segment_lengths("cu_seqlens", cu_seqlens, table.shape[0] * keys.shape[2], columns.shape[0])
     if not columns.shape[0]:
@@ -87,3 +89,14 @@ def _compact_paged(
 
         return compact_paged_triton(keys, values, table, lengths, columns, cu_seqlens, align)
     return compact_paged_reference(keys, values, table, lengths, columns, cu_seqlens, align)
+
+
+def _require_own_memory(keys: Tensor, values: Tensor) -> None:
+    """Raises ValueError where an entry would be moved twice, or there is none."""
+    if not keys.shape[1]:
+        raise ValueError("pages must have places, got S=0")
+    if keys.data_ptr() == values.data_ptr() and keys.numel():
+        raise ValueError("keys and values are the same memory, whose entries would move twice")
+    for name, cache in (("keys", keys), ("values", values)):
+        if any(size > 1 and not stride for size, stride in zip(cache.shape, cache.stride(), strict=True)):
+            raise ValueError(f"{name} must have memory of its own for every entry, got strides {cache.stride()}")

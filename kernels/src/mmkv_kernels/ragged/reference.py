@@ -57,9 +57,11 @@ def _prefix_attention(queries: Tensor, prefix: Prefix, scaling: float, softcap: 
     masks = repeat(None) if prefix.mask is None else prefix.mask[None, None].split_with_sizes(prefix.lengths, 3)
     parts = [
         attend(q, k, v, scaling, softcap, mask)
-        for q, k, v, mask in zip(queries.reshape(-1, 1, 1, rows, size).unbind(), keys, values, masks, strict=False)
+        for q, k, v, mask in zip(
+            queries.reshape(batch * heads, 1, 1, rows, size).unbind(), keys, values, masks, strict=False
+        )
     ]
-    out = torch.cat([out for out, _ in parts]).view(batch, heads, rows, -1)
+    out = torch.cat([out for out, _ in parts]).view(batch, heads, rows, prefix.values.shape[-1])
     return AttentionOutput(out, torch.cat([lse for _, lse in parts]).view(batch, heads, rows))
 
 

@@ -87,7 +87,8 @@ def ragged_attention_part_kernel(
     end = tl.minimum(stop, held)
     tail_keys = from_head(tail_keys, tail_key_strides, b, h, ALIGNED)
     tail_values = from_head(tail_values, tail_value_strides, b, h, ALIGNED)
-    tail_mask = from_head(tail_mask, tail_mask_strides, b, h)
+    if tail_mask is not None:
+        tail_mask = from_head(tail_mask, tail_mask_strides, b, h)
     for first in range(start, end, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N).to(tl.int64)
         inside = n < end

@@ -42,7 +42,8 @@ def key_statistics_sum_kernel(
 ) -> None:
     """Norms of one chunk of a head's entries, and the sum of its normalised keys."""
     part, segment, b, h = place(chunks, heads)
-    valid = from_head(valid, valid_strides, b, h)
+    if valid is not None:
+        valid = from_head(valid, valid_strides, b, h)
     keys, values = from_head(keys, key_strides, b, h, ALIGNED), from_head(values, value_strides, b, h, ALIGNED)
     first = part % chunks * CHUNK
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -114,7 +115,8 @@ def key_statistics_cosine_kernel(
 ) -> None:
     """Cosine of one chunk of a head's keys with their mean, from the distance as in the reference."""
     part, segment, b, h = place(chunks, heads)
-    valid = from_head(valid, valid_strides, b, h)
+    if valid is not None:
+        valid = from_head(valid, valid_strides, b, h)
     keys = from_head(keys, key_strides, b, h, ALIGNED)
     dims = tl.arange(0, BLOCK_D)
     direction = tl.load(directions + segment * D + dims, mask=dims < D, other=0.0)

@@ -63,7 +63,10 @@ def window_attention_partial_kernel(
     part, segment, b, h = place(tiles, heads)
     column = part % tiles
     columns = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid, mask = from_head(valid, valid_strides, b, h), from_head(mask, mask_strides, b, h)
+    if valid is not None:
+        valid = from_head(valid, valid_strides, b, h)
+    if mask is not None:
+        mask = from_head(mask, mask_strides, b, h)
     real = real_rows(valid, columns, valid_strides[2], entries)
     keys = from_head(keys, key_strides, b, h, ALIGNED)
     tile = load_rows(keys, columns * key_strides[2], key_strides[3], real, D, BLOCK_D, ALIGNED)
@@ -153,7 +156,10 @@ def window_attention_sum_kernel(
     """Mean probability over rows, and the last row's, of one tile of keys, joined over the group's query heads."""
     part, segment, b, h = place(tiles, heads)
     columns = part % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid, mask = from_head(valid, valid_strides, b, h), from_head(mask, mask_strides, b, h)
+    if valid is not None:
+        valid = from_head(valid, valid_strides, b, h)
+    if mask is not None:
+        mask = from_head(mask, mask_strides, b, h)
     real = real_rows(valid, columns, valid_strides[2], entries)
     keys = from_head(keys, key_strides, b, h, ALIGNED)
     tile = load_rows(keys, columns * key_strides[2], key_strides[3], real, D, BLOCK_D, ALIGNED)
