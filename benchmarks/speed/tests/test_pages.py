@@ -9,7 +9,7 @@ from mmkv_speed.operators import CASES, Shape
 
 FACTS = {
     "machine": "a machine", "note": "", "versions": {"mmkv": {"torch": "2"}}, "seed": 0, "steps": 4, "prompt": 8,
-    "wall": 1.0, "command": "command",
+    "wall": 1.0, "command": "command", "code": "0123456789abcdef",
 }  # fmt: skip
 SHAPE = Shape(1, 8, 4, 64, 1024)
 NOTHING = {part: [] for part in cpu.PARTS}

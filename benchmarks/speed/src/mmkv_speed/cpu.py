@@ -202,4 +202,5 @@ def gather(settings: Settings, running: Mapping[str, Worker], start: float) -> d
         "prompt": settings.prompt,
         "wall": time.monotonic() - start,
         "command": settings.command,
+        "code": code_digest(),
     }

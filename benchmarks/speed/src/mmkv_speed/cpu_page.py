@@ -81,7 +81,7 @@ def _facts(facts: Mapping[str, Any], rounds: Mapping[str, int]) -> str:
     return (
         f"{facts['machine']} when it ended{note}. {said}. Seed {facts['seed']}; interleaved rounds: {counts}; "
         f"{facts['steps']} decode steps, prompt {facts['prompt']}, one thread, CPU seconds of that thread; "
-        f"{facts['wall']:.0f} s of wall time. `{facts['command']}`."
+        f"{facts['wall']:.0f} s of wall time; code `{facts['code'][:12]}`. `{facts['command']}`."
     )
 
 
